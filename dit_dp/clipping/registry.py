@@ -1,0 +1,107 @@
+"""Every clipping method by name. No torch: engines are imported when one is attached."""
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dit_dp.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from dit_dp.clipping.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to obtain the sum of clipped per-example gradients.
+
+    Attributes:
+        engine: ``module:class`` of the engine.
+        summary: One line for people.
+        private: Whether it clips and takes noise; `vanilla` does not.
+        peer: Whether it is somebody else's implementation, measured for comparison.
+        options: Performance settings the engine is constructed with.
+        supports_checkpointing: Whether activation checkpointing leaves its gradients correct.
+    """
+
+    engine: str
+    summary: str
+    private: bool = True
+    peer: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+    supports_checkpointing: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "vanilla": Method(
+        engine="dit_dp.clipping.vanilla:VanillaEngine",
+        summary="ordinary training, no clipping, no noise: the baseline of every ratio",
+        private=False,
+    ),
+    "ghost": Method(
+        engine="dit_dp.clipping.ghost:GhostEngine",
+        summary="ours: exact two-pass ghost clipping, per-example gradients never stored",
+    ),
+    "opacus": Method(
+        engine="dit_dp.clipping.opacus:OpacusEngine",
+        summary="Opacus GradSampleModule (hooks): per-example gradients of every layer stored",
+        peer=True,
+        supports_checkpointing=False,
+    ),
+    "opacus-functorch": Method(
+        engine="dit_dp.clipping.opacus:OpacusEngine",
+        summary="Opacus GradSampleModule with force_functorch: the same by vmap",
+        peer=True,
+        options=(("grad_sample_mode", "functorch"),),
+        supports_checkpointing=False,
+    ),
+    "opacus-ew": Method(
+        engine="dit_dp.clipping.opacus:OpacusEngine",
+        summary="Opacus with PyTorch's ExpandedWeights",
+        peer=True,
+        options=(("grad_sample_mode", "ew"),),
+        supports_checkpointing=False,
+    ),
+    "opacus-ghost": Method(
+        engine="dit_dp.clipping.opacus:OpacusGhostEngine",
+        summary="Opacus ghost clipping: norms by hooks, second backward for the clipped sum",
+        peer=True,
+        supports_checkpointing=False,
+    ),
+}
+
+
+def attach(
+    model: "nn.Module",
+    method: str = "ghost",
+    max_grad_norm: float = 1.0,
+    on_phase: "Callable[[str], None] | None" = None,
+    **performance: Any,
+) -> "Engine":
+    """Attach a clipping engine to a model.
+
+    Args:
+        model: The model to train; put back as it was by `Engine.detach`.
+        method: A key of `METHODS`.
+        max_grad_norm: C, the bound on the norm of each example's contribution; > 0.
+        on_phase: Called with ``forward``, ``backward``, ``clip`` or ``noise`` when that phase begins.
+        **performance: Settings of the engine that change cost, never the private gradient.
+
+    Returns:
+        The engine: `accumulate` or `backward`, then `privatize`, then the optimizer's step.
+
+    Raises:
+        UsageError: Unknown method, or C that is not a finite positive number.
+        UnsupportedModelError: The method cannot run on this model; names the layer.
+    """
+    if method not in METHODS:
+        raise UsageError.for_value("method", method, METHODS)
+    entry = METHODS[method]
+    module, _, name = entry.engine.partition(":")
+    engine_class = getattr(importlib.import_module(module), name)
+    options = {**dict(entry.options), **performance}
+    engine: Engine = engine_class(model, max_grad_norm=max_grad_norm, on_phase=on_phase, **options)
+    return engine

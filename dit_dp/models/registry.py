@@ -1,0 +1,54 @@
+"""The DiT family as plain data: sizes by name. No torch, so that a command line can validate against it."""
+
+import re
+from dataclasses import dataclass
+
+from dit_dp.errors import UsageError
+
+PATCH_SIZES = (2, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """Depth, width and number of attention heads of one member of the family."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+
+
+MODELS: dict[str, ModelSize] = {
+    "DiT-S": ModelSize(depth=12, hidden_size=384, num_heads=6),
+    "DiT-B": ModelSize(depth=12, hidden_size=768, num_heads=12),
+    "DiT-L": ModelSize(depth=24, hidden_size=1024, num_heads=16),
+    "DiT-XL": ModelSize(depth=28, hidden_size=1152, num_heads=16),
+}
+"""Sizes of Peebles & Xie (arXiv 2212.09748), Table 1."""
+
+_HUB_NAME = re.compile(r"facebook/DiT-XL-2-(256|512)")
+
+
+def model_names() -> list[str]:
+    """Return every name `parse_model_name` accepts, without hub names: ``DiT-S/2`` ... ``DiT-XL/8``."""
+    return [f"{size}/{patch}" for size in MODELS for patch in PATCH_SIZES]
+
+
+def parse_model_name(name: str) -> tuple[str, int | None]:
+    """Split a model name into its size and its patch size.
+
+    Args:
+        name: ``DiT-XL/2``, ``DiT-XL`` (patch size left open), or a hub name such as
+            ``facebook/DiT-XL-2-256``, which names the architecture DiT-XL/2.
+
+    Returns:
+        The size's key in `MODELS` and the patch size, or `None` where the name leaves it open.
+
+    Raises:
+        UsageError: The name is none of these.
+    """
+    if _HUB_NAME.fullmatch(name):
+        return "DiT-XL", 2
+    size, slash, patch = name.partition("/")
+    if size in MODELS and (not slash or patch in {str(p) for p in PATCH_SIZES}):
+        return size, int(patch) if slash else None
+    raise UsageError.for_value("model", name, [*model_names(), "facebook/DiT-XL-2-256"])

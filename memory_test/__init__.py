@@ -1,0 +1,1 @@
+"""Measure, explain and report what differential privacy costs a diffusion transformer."""

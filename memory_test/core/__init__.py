@@ -1,0 +1,1 @@
+"""What a measurement is made of: configuration, schema, store, environment, meters, the loop."""

@@ -1,0 +1,114 @@
+"""Records on disk: one JSON per cell, written atomically, read strictly."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dit_dp.errors import UsageError
+from memory_test.core.schema import SCHEMA_VERSION, Record
+
+
+@cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Record)
+
+
+def check_writable(path: Path, name: str = "output") -> None:
+    """Raise `UsageError` unless a file can be created at `path`, whose folder must exist."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise UsageError.for_value(name, str(path), "a file in an existing folder", f"mkdir -p {folder}")
+    if path.is_dir():
+        raise UsageError.for_value(name, str(path), "a file name", "this is a folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError.for_value(
+            name, str(path), "a file in a writable folder", error.strerror or "not writable"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees all of it or what was there before.
+
+    Raises:
+        UsageError: The disk is full or the folder cannot be written to; an older file stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise UsageError(f"output: cannot write {path}: {reason}; nothing was overwritten") from error
+
+
+def dump(record: Record) -> str:
+    """Return a record as JSON text."""
+    data: str = json.dumps(_adapter().dump_python(record, mode="json"), indent=1, ensure_ascii=False)
+    return data + "\n"
+
+
+def save(record: Record, path: Path) -> None:
+    """Write a record atomically."""
+    write_text(path, dump(record))
+
+
+def load(path: Path) -> Record:
+    """Read one record.
+
+    Raises:
+        UsageError: Not JSON, half-written, of a newer schema, or not a record; names the file.
+    """
+    from pydantic import ValidationError
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError.for_value("record", str(path), "a readable file", error.strerror) from error
+    except ValueError as error:
+        raise UsageError.for_value(
+            "record", str(path), "a complete JSON file", f"move it away or measure it again ({error})"
+        ) from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if not isinstance(version, int):
+        raise UsageError.for_value("record", str(path), "a memory-test record", "it has no schema_version")
+    if version > SCHEMA_VERSION:
+        raise UsageError.for_value(
+            "schema_version", version, f"<= {SCHEMA_VERSION}", f"{path} needs a newer memory-test"
+        )
+    try:
+        record: Record = _adapter().validate_json(json.dumps(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"record: {path} does not follow schema {version} at {where}: {first['msg']}; measure it again"
+        ) from error
+    return record
+
+
+def load_folder(folder: Path) -> Iterator[tuple[Path, Record]]:
+    """Yield every record below a folder, by file name.
+
+    Raises:
+        UsageError: The folder is missing or holds no record, or a record is unreadable.
+    """
+    if not folder.is_dir():
+        raise UsageError.for_value("folder", str(folder), "an existing folder of records")
+    paths = sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
+    if not paths:
+        raise UsageError.for_value("folder", str(folder), "a folder that holds records", "run a sweep into it first")
+    for path in paths:
+        yield path, load(path)
