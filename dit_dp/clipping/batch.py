@@ -26,9 +26,7 @@ def num_rows(batch: Batch) -> int:
     """
     sizes = {tensor.shape[0] if tensor.dim() else None for tensor in tensors_of(batch)}
     if len(sizes) != 1 or None in sizes:
-        raise UsageError.for_value(
-            "batch", sorted(map(str, sizes)), "tensors with one common first dimension"
-        )
+        raise UsageError.for_value("batch", sorted(map(str, sizes)), "tensors with one common first dimension")
     size: int = sizes.pop()  # type: ignore[assignment]
     return size
 
@@ -52,9 +50,7 @@ def check_losses(losses: Tensor, num_examples: int | None = None) -> None:
     wanted = "(N,)" if num_examples is None else f"({num_examples},)"
     if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise LossShapeError.for_value(
-            "loss", got, f"one loss per example, shape {wanted}", "reduce per example"
-        )
+        raise LossShapeError.for_value("loss", got, f"one loss per example, shape {wanted}", "reduce per example")
     if num_examples is not None and losses.shape[0] != num_examples:
         raise LossShapeError.for_value("loss", tuple(losses.shape), f"one loss per example, shape {wanted}")
 

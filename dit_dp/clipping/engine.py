@@ -115,9 +115,7 @@ class Engine(ABC):
         validate.real("noise_multiplier", noise_multiplier, positive=False)
         validate.real("expected_batch_size", expected_batch_size, positive=True)
         if self._state != "accumulated":
-            raise EngineStateError(
-                "privatize: nothing was accumulated since the last call; call accumulate first"
-            )
+            raise EngineStateError("privatize: nothing was accumulated since the last call; call accumulate first")
         if self.private:
             self._announce("noise")
         self._privatize(noise_multiplier, expected_batch_size, generator)
@@ -209,9 +207,7 @@ class Engine(ABC):
                     if self._state == "privatized"
                     else "it came from outside the engine"
                 )
-                raise EngineStateError(
-                    f"accumulate: parameter {name} already has a gradient: {reason}; call zero_grad"
-                )
+                raise EngineStateError(f"accumulate: parameter {name} already has a gradient: {reason}; call zero_grad")
         self._state = "clean"
 
 

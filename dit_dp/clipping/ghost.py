@@ -65,9 +65,7 @@ class _WatchedCall(torch.autograd.Function):
             layer.engine.observe(layer, x, g)
             return None, None, grad_x, None, None
         x, g = layer.engine.without_dropped(x, g)
-        grad_weight, grad_bias = layer.rule.parameter_gradients(
-            layer.module, x, lowered, g, (needed[0], needed[1])
-        )
+        grad_weight, grad_bias = layer.rule.parameter_gradients(layer.module, x, lowered, g, (needed[0], needed[1]))
         return None, None, grad_x, _like(grad_weight, layer.weight), _like(grad_bias, layer.bias)
 
 
@@ -112,9 +110,7 @@ class GhostEngine(Engine):
     def _finish(self, losses: Tensor) -> Tensor:
         self._announce("backward")
         self._in_backward = True
-        self._squares = losses.new_zeros(
-            losses.shape[0], dtype=torch.promote_types(losses.dtype, torch.float32)
-        )
+        self._squares = losses.new_zeros(losses.shape[0], dtype=torch.promote_types(losses.dtype, torch.float32))
         try:
             self._measure(losses)
             self._announce("clip")
@@ -174,9 +170,7 @@ class GhostEngine(Engine):
                 self._parts.setdefault(parameter, []).append(part)
                 self._calls[parameter] = self._calls.get(parameter, 1) - 1
                 if isinstance(part, Outer):
-                    self._rules_used[layer.name] = Outer.rule(
-                        part.a.shape[1], part.a.shape[2], part.g.shape[2]
-                    )
+                    self._rules_used[layer.name] = Outer.rule(part.a.shape[1], part.a.shape[2], part.g.shape[2])
                 if self._calls[parameter] <= 0:
                     self._take_norm(parameter)
 

@@ -4,6 +4,7 @@ Opacus is imported when one of these engines is attached. Its optimizer wraps a 
 parameters; the caller's optimizer takes the step, as `DPOptimizer.step` would have it do.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -13,10 +14,9 @@ from torch.profiler import record_function
 
 from dit_dp.clipping.engine import MEMORY_SCOPE, Engine, LayerRule
 from dit_dp.clipping.rules import float32
-from dit_dp.errors import EngineStateError, UnsupportedModelError, UsageError
+from dit_dp.errors import EngineStateError, UnsupportedModelError
 
-GRAD_SAMPLE_MODES = ("hooks", "functorch", "ew")
-_KERNEL_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
+_EXPANDED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
 """Layers for which PyTorch's ExpandedWeights has a rule (torch/nn/utils/_expanded_weights)."""
 
 
@@ -25,9 +25,7 @@ def _refusal(module: nn.Module) -> str | None:
     if list(module.buffers(recurse=False)):
         return "Opacus supports no trainable layer with buffers; use GroupNorm for BatchNorm"
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        return (
-            "its sampler gives the padding row a gradient (seen in 1.6.0); set padding_idx=None, or use ghost"
-        )
+        return "its sampler gives the padding row a gradient (seen in 1.6.0); set padding_idx=None, or use ghost"
     return None
 
 
@@ -46,6 +44,7 @@ class _OpacusBase(Engine):
     """What both ways of using Opacus share."""
 
     sum_in_grad: ClassVar[bool] = False
+    method: ClassVar[str]
 
     def _attach(self) -> None:
         for name, module in self.model.named_modules():
@@ -53,24 +52,21 @@ class _OpacusBase(Engine):
                 rule, reason = self.layer_rule(module)
                 if rule == "none":
                     raise UnsupportedModelError(
-                        f"model: {self._method_name()} cannot run on layer {name or '(root)'}: {reason}"
+                        f"model: {self.method} cannot run on layer {name or '(root)'}: {reason}"
                     )
         try:
             self._wrapped = self._wrap()
         except NotImplementedError as error:
-            raise UnsupportedModelError(
-                f"model: Opacus refuses it: {' '.join(str(error).split())}"
-            ) from error
+            raise UnsupportedModelError(f"model: Opacus refuses it: {' '.join(str(error).split())}") from error
         self._optimizer = self._make_optimizer(torch.optim.SGD(self.parameters.values(), lr=0.0))
 
-    def _method_name(self) -> str:
-        return "opacus"
-
+    @abstractmethod
     def _wrap(self) -> Any:
-        raise NotImplementedError
+        """Return Opacus's wrapper around the model."""
 
+    @abstractmethod
     def _make_optimizer(self, stand_in: torch.optim.Optimizer) -> Any:
-        raise NotImplementedError
+        """Return Opacus's optimizer around one that holds the parameters."""
 
     def _callable_model(self) -> nn.Module:
         wrapped: nn.Module = self._wrapped
@@ -133,11 +129,12 @@ class _OpacusBase(Engine):
 class OpacusEngine(_OpacusBase):
     """Per-example gradients of every parameter, stored, then clipped and summed by `DPOptimizer`.
 
-    Performance setting `grad_sample_mode`: ``hooks`` (hand-written samplers), ``functorch`` (vmap for every
-    layer) or ``ew`` (PyTorch's ExpandedWeights). Opacus does not hand out the norms it clips by, so `accumulate`
-    returns `None` unless `report_norms` is set, which costs one more pass over the per-example gradients. Memory:
-    N times the parameters on top of ordinary training.
+    Opacus does not hand out the norms it clips by, so `accumulate` returns `None` unless `report_norms` is set,
+    which costs one more pass over the per-example gradients. Memory: N times the parameters on top of ordinary
+    training.
     """
+
+    method: ClassVar[str] = "opacus"
 
     def __init__(
         self,
@@ -145,38 +142,20 @@ class OpacusEngine(_OpacusBase):
         *,
         max_grad_norm: float,
         on_phase: Callable[[str], None] | None = None,
-        grad_sample_mode: str = "hooks",
         report_norms: bool = False,
     ) -> None:
-        if grad_sample_mode not in GRAD_SAMPLE_MODES:
-            raise UsageError.for_value("grad_sample_mode", grad_sample_mode, GRAD_SAMPLE_MODES)
-        self.grad_sample_mode = grad_sample_mode
         self.report_norms = report_norms
         super().__init__(model, max_grad_norm=max_grad_norm, on_phase=on_phase)
 
-    def _method_name(self) -> str:
-        return {"hooks": "opacus", "functorch": "opacus-functorch", "ew": "opacus-ew"}[self.grad_sample_mode]
-
     def _wrap(self) -> Any:
-        from opacus.grad_sample import GradSampleModule, GradSampleModuleExpandedWeights
+        from opacus.grad_sample import GradSampleModule
 
-        if self.grad_sample_mode == "ew":
-            for name, module in self.model.named_modules():
-                trains = any(p.requires_grad for p in module.parameters(recurse=False))
-                if trains and type(module) not in _KERNEL_LAYERS:
-                    raise UnsupportedModelError(
-                        f"model: opacus-ew cannot run on layer {name or '(root)'}: ExpandedWeights has no rule for "
-                        f"{type(module).__name__}; use opacus"
-                    )
-            return GradSampleModuleExpandedWeights(self.model, loss_reduction="mean")
-        return _scoped(GradSampleModule)(self.model, force_functorch=self.grad_sample_mode == "functorch")
+        return _scoped(GradSampleModule)(self.model)
 
     def _make_optimizer(self, stand_in: torch.optim.Optimizer) -> Any:
         from opacus.optimizers import DPOptimizer
 
-        return DPOptimizer(
-            stand_in, noise_multiplier=0.0, max_grad_norm=self.max_grad_norm, expected_batch_size=1
-        )
+        return DPOptimizer(stand_in, noise_multiplier=0.0, max_grad_norm=self.max_grad_norm, expected_batch_size=1)
 
     def _finish(self, losses: Tensor) -> Tensor | None:
         self._announce("backward")
@@ -185,7 +164,7 @@ class OpacusEngine(_OpacusBase):
         for name, parameter in self.parameters.items():
             if getattr(parameter, "grad_sample", None) is None:
                 raise UnsupportedModelError(
-                    f"model: {self._method_name()} found no per-example gradient for {name}: the parameter is not "
+                    f"model: {self.method} found no per-example gradient for {name}: the parameter is not "
                     f"used, or outside its layer's forward; freeze it"
                 )
         norms = None
@@ -221,11 +200,45 @@ def _norms_of(per_example: Iterator[Tensor]) -> Tensor:
     return torch.stack(squares).sum(0).sqrt()
 
 
+class OpacusFunctorchEngine(OpacusEngine):
+    """The same, with every layer's per-example gradient by vmap (`force_functorch`)."""
+
+    method: ClassVar[str] = "opacus-functorch"
+
+    def _wrap(self) -> Any:
+        from opacus.grad_sample import GradSampleModule
+
+        return _scoped(GradSampleModule)(self.model, force_functorch=True)
+
+    @classmethod
+    def layer_rule(cls, module: nn.Module) -> tuple[LayerRule, str]:
+        """Return `functorch`, or `none` for what Opacus gets wrong."""
+        reason = _refusal(module)
+        return ("none", reason) if reason is not None else ("functorch", "vmap over examples")
+
+
+class OpacusExpandedWeightsEngine(OpacusEngine):
+    """The same, with PyTorch's ExpandedWeights instead of hooks."""
+
+    method: ClassVar[str] = "opacus-ew"
+
+    def _wrap(self) -> Any:
+        from opacus.grad_sample import GradSampleModuleExpandedWeights
+
+        return GradSampleModuleExpandedWeights(self.model, loss_reduction="mean")
+
+    @classmethod
+    def layer_rule(cls, module: nn.Module) -> tuple[LayerRule, str]:
+        """Return `expanded weights` where PyTorch has a rule."""
+        if type(module) not in _EXPANDED_LAYERS:
+            return "none", f"ExpandedWeights has no rule for {type(module).__name__}; use opacus"
+        return "expanded weights", "PyTorch's own rule"
+
+
 class OpacusGhostEngine(_OpacusBase):
     """Opacus's ghost clipping: `DPLossFastGradientClipping` runs both backward passes."""
 
-    def _method_name(self) -> str:
-        return "opacus-ghost"
+    method: ClassVar[str] = "opacus-ghost"
 
     def _wrap(self) -> Any:
         from opacus.grad_sample import GradSampleModuleFastGradientClipping

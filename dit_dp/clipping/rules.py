@@ -152,9 +152,7 @@ class Rule(ABC):
         """Return the gradient of the input from that of the output."""
 
     @abstractmethod
-    def contributions(
-        self, module: Any, x: Tensor, g: Tensor
-    ) -> tuple[Contribution | None, Contribution | None]:
+    def contributions(self, module: Any, x: Tensor, g: Tensor) -> tuple[Contribution | None, Contribution | None]:
         """Return what this call adds to the per-example gradients of (weight, bias), if they train."""
 
     @abstractmethod
@@ -179,9 +177,7 @@ class LinearRule(Rule):
         assert weight is not None
         return g @ weight
 
-    def contributions(
-        self, module: nn.Linear, x: Tensor, g: Tensor
-    ) -> tuple[Contribution | None, Contribution | None]:
+    def contributions(self, module: nn.Linear, x: Tensor, g: Tensor) -> tuple[Contribution | None, Contribution | None]:
         """Flatten what lies between examples and features to positions."""
         rows = x.shape[0]
         a, g = x.reshape(rows, -1, x.shape[-1]), g.reshape(rows, -1, g.shape[-1])
@@ -249,9 +245,7 @@ class Conv2dRule(Rule):
         assert weight is not None
         return self._backward(module, x, weight, g, [True, False, False])[0]
 
-    def contributions(
-        self, module: nn.Conv2d, x: Tensor, g: Tensor
-    ) -> tuple[Contribution | None, Contribution | None]:
+    def contributions(self, module: nn.Conv2d, x: Tensor, g: Tensor) -> tuple[Contribution | None, Contribution | None]:
         """Unfold to a linear layer over output positions: a (N, L, d k k / groups), g (N, L, p)."""
         weight: Contribution | None = None
         flat = g.flatten(2)  # (N, p, L)
@@ -267,9 +261,7 @@ class Conv2dRule(Rule):
                 weight = Outer(a.transpose(1, 2), flat.transpose(1, 2))
             else:
                 split = (x.shape[0], module.groups, -1, a.shape[-1])
-                per_group = torch.einsum(
-                    "ngpl,ngdl->ngpd", float32(flat).reshape(split), float32(a).reshape(split)
-                )
+                per_group = torch.einsum("ngpl,ngdl->ngpd", float32(flat).reshape(split), float32(a).reshape(split))
                 weight = Direct(per_group.reshape(x.shape[0], *module.weight.shape))
         trains_bias = module.bias is not None and module.bias.requires_grad
         return weight, Direct(float32(flat).sum(2)) if trains_bias else None
@@ -364,16 +356,12 @@ class ScaleRule(Rule):
         """Return ``g * w``."""
         return g if weight is None else g * self._view(module, weight, g)
 
-    def contributions(
-        self, module: Any, x: Tensor, g: Tensor
-    ) -> tuple[Contribution | None, Contribution | None]:
+    def contributions(self, module: Any, x: Tensor, g: Tensor) -> tuple[Contribution | None, Contribution | None]:
         """Return the per-example gradients, which are as small as the parameters."""
         weight, bias = module.weight, getattr(module, "bias", None)
         g, x = float32(g), float32(x)
         return (
-            Direct(self._reduced(module, g * x, True))
-            if weight is not None and weight.requires_grad
-            else None,
+            Direct(self._reduced(module, g * x, True)) if weight is not None and weight.requires_grad else None,
             Direct(self._reduced(module, g, True)) if bias is not None and bias.requires_grad else None,
         )
 

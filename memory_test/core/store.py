@@ -109,8 +109,6 @@ def load_folder(folder: Path) -> Iterator[tuple[Path, Record]]:
         raise UsageError.for_value("folder", str(folder), "an existing folder of records")
     paths = sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
     if not paths:
-        raise UsageError.for_value(
-            "folder", str(folder), "a folder that holds records", "run a sweep into it first"
-        )
+        raise UsageError.for_value("folder", str(folder), "a folder that holds records", "run a sweep into it first")
     for path in paths:
         yield path, load(path)
