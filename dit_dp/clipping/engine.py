@@ -158,6 +158,7 @@ class Engine(ABC):
     def _finish(self, losses: Tensor) -> Tensor | None:
         """Go from (N,) losses, N > 0, to the accumulated sum; announce ``backward`` and ``clip``."""
 
+    @abstractmethod
     def _detach(self) -> None:
         """Undo `_attach`."""
 

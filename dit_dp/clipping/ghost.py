@@ -224,7 +224,7 @@ def _watched_forward(layer: _Layer) -> Callable[..., Tensor]:
     """Return the forward that replaces a module's own while the engine is attached."""
     original = type(layer.module).forward
 
-    def forward(module: nn.Module, input: Tensor) -> Tensor:  # noqa: A002  (the name callers may use)
+    def forward(module: nn.Module, input: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             result: Tensor = original(module, input)
             return result

@@ -230,6 +230,8 @@ class OpacusExpandedWeightsEngine(OpacusEngine):
     @classmethod
     def layer_rule(cls, module: nn.Module) -> tuple[LayerRule, str]:
         """Return `expanded weights` where PyTorch has a rule."""
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return "none", "ExpandedWeights gives the padding row a gradient; set padding_idx=None, or use ghost"
         if type(module) not in _EXPANDED_LAYERS:
             return "none", f"ExpandedWeights has no rule for {type(module).__name__}; use opacus"
         return "expanded weights", "PyTorch's own rule"

@@ -22,6 +22,9 @@ class VanillaEngine(Engine):
     def _attach(self) -> None:
         self._divisor: int | None = None
 
+    def _detach(self) -> None:
+        self._divisor = None
+
     def _finish(self, losses: Tensor) -> None:
         if self._divisor is None:
             self._divisor = losses.shape[0]

@@ -19,6 +19,7 @@ REFUSED_BY_PEERS = {
     ("opacus-functorch", "padded"): "padding row",
     ("opacus-ghost", "padded"): "padding row",
     ("opacus-ghost", "reused"): "called more than once",
+    ("opacus-ew", "padded"): "padding row",
     ("opacus-ew", "words"): "no rule for RMSNorm",
 }
 """What a peer cannot run on, and a word of the reason it must give; everything else has to be exact."""
