@@ -8,7 +8,7 @@ draws random numbers in one place only, `select_labels`, and not even there when
 """
 
 import math
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,8 +157,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Turn times (N,) into vectors (N, D)."""
-        dtype = self.mlp[0].weight.dtype
-        out: Tensor = self.mlp(time_sinusoid(t).to(dtype))  # (N, D)
+        weight = cast(Tensor, self.mlp[0].weight)
+        out: Tensor = self.mlp(time_sinusoid(t).to(weight.dtype))  # (N, D)
         return out
 
 
@@ -197,12 +197,12 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Transform tokens (N, T, D) under the condition (N, D)."""
-        modulation = self.adaLN_modulation(c).chunk(6, dim=1)  # six of (N, D)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(
-            modulate(self.norm2(x), shift_mlp, scale_mlp)
-        )  # (N, T, D)
+        modulation: Tensor = self.adaLN_modulation(c)  # (N, 6D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # (N, D)
+        mixed = self.attn(modulate(self.norm1(x), shift_msa, scale_msa))  # (N, T, D)
+        x = x + gate_msa.unsqueeze(1) * mixed
+        transformed = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
+        return x + gate_mlp.unsqueeze(1) * transformed
 
 
 class FinalLayer(nn.Module):
@@ -257,7 +257,15 @@ class DiT(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes)
+        _check_sizes(
+            input_size=input_size,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            in_channels=in_channels,
+            depth=depth,
+            num_classes=num_classes,
+        )
         validate.real("mlp_ratio", mlp_ratio, positive=True)
         validate.real("class_dropout_prob", class_dropout_prob, positive=False)
         if class_dropout_prob > 1:
@@ -278,7 +286,7 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     @classmethod
-    def from_name(cls, name: str, **overrides: int | float | bool) -> Self:
+    def from_name(cls, name: str, **overrides: Any) -> Self:
         """Build a member of the family by name.
 
         Args:
@@ -293,14 +301,14 @@ class DiT(nn.Module):
         """
         size_name, patch_size = parse_model_name(name)
         size = MODELS[size_name]
-        arguments: dict[str, int | float | bool] = {
+        arguments: dict[str, Any] = {
             "depth": size.depth,
             "hidden_size": size.hidden_size,
             "num_heads": size.num_heads,
         }
         if patch_size is not None:
             arguments["patch_size"] = patch_size
-        return cls(**{**arguments, **overrides})  # type: ignore[arg-type]
+        return cls(**{**arguments, **overrides})
 
     def initialize_weights(self) -> None:
         """Initialise as the reference does: the model starts as the zero function of its input.
@@ -316,14 +324,17 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(projection.weight.view(self.hidden_size, -1))
         assert projection.bias is not None
         nn.init.zeros_(projection.bias)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=INIT_STD)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=INIT_STD)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=INIT_STD)
+        for name in (
+            "t_embedder.mlp.0.weight",
+            "t_embedder.mlp.2.weight",
+            "y_embedder.embedding_table.weight",
+        ):
+            nn.init.normal_(self.get_parameter(name), std=INIT_STD)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)
         with torch.no_grad():
             self.pos_embed.copy_(sincos_positions(self.hidden_size, self.grid_size))
-        for zeroed in (*(b.adaLN_modulation for b in self.blocks), self.final_layer.adaLN_modulation):
-            nn.init.zeros_(zeroed[1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_labels: Tensor | None = None) -> Tensor:
         """Predict the noise (and, with `learn_sigma`, the variances) of a noisy input.
@@ -355,24 +366,17 @@ class DiT(nn.Module):
     def unpatchify(self, patches: Tensor) -> Tensor:
         """Lay the patches (N, T, p*p*O) out as an output (N, O, H, W)."""
         p, g = self.patch_size, self.grid_size
-        cells = patches.unflatten(2, (p, p, self.out_channels)).unflatten(1, (g, g))  # (N, G, G, p, p, O)
+        cells = patches.reshape(-1, g, g, p, p, self.out_channels)  # (N, G, G, p, p, O)
         return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (N, O, H, W)
 
 
 def _check_sizes(
-    input_size: int,
-    patch_size: int,
-    in_channels: int,
-    hidden_size: int,
-    depth: int,
-    num_heads: int,
-    num_classes: int,
+    *, input_size: int, patch_size: int, hidden_size: int, num_heads: int, **others: int
 ) -> None:
-    """Raise `UsageError` on the first size that is not positive or does not divide."""
-    for name, value in list(locals().items()):
+    """Raise `UsageError` on the first size that is not a positive integer or does not divide."""
+    sizes = {"input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size}
+    for name, value in {**sizes, "num_heads": num_heads, **others}.items():
         validate.integer(name, value)
     validate.divisible("input_size", input_size, patch_size, f"it is cut into patches of side {patch_size}")
     validate.divisible("hidden_size", hidden_size, num_heads, f"it is split over num_heads={num_heads}")
-    validate.divisible(
-        "hidden_size", hidden_size, 4, "positions take a quarter each for sine/cosine of row/column"
-    )
+    validate.divisible("hidden_size", hidden_size, 4, "a quarter each for sine and cosine of row and column")
