@@ -59,6 +59,13 @@ def time_sinusoid(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # (N, F)
 
 
+def check_dropout(class_dropout_prob: float) -> None:
+    """Raise `UsageError` unless it is a probability."""
+    validate.real("class_dropout_prob", class_dropout_prob, positive=False)
+    if class_dropout_prob > 1:
+        raise UsageError.for_value("class_dropout_prob", class_dropout_prob, "a probability, 0 to 1")
+
+
 def check_batch(x: Tensor, t: Tensor, y: Tensor, channels: int, size: int) -> None:
     """Raise `UsageError` unless x is (N, channels, size, size) and t and y are (N,)."""
     if x.ndim != 4 or tuple(x.shape[1:]) != (channels, size, size):
@@ -201,7 +208,7 @@ class DiTBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # (N, D)
         mixed = self.attn(modulate(self.norm1(x), shift_msa, scale_msa))  # (N, T, D)
         x = x + gate_msa.unsqueeze(1) * mixed
-        transformed = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
+        transformed: Tensor = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
         return x + gate_mlp.unsqueeze(1) * transformed
 
 
@@ -267,9 +274,7 @@ class DiT(nn.Module):
             num_classes=num_classes,
         )
         validate.real("mlp_ratio", mlp_ratio, positive=True)
-        validate.real("class_dropout_prob", class_dropout_prob, positive=False)
-        if class_dropout_prob > 1:
-            raise UsageError.for_value("class_dropout_prob", class_dropout_prob, "a probability, 0 to 1")
+        check_dropout(class_dropout_prob)
         self.input_size, self.patch_size, self.grid_size = input_size, patch_size, input_size // patch_size
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.hidden_size, self.num_classes, self.learn_sigma = hidden_size, num_classes, learn_sigma
