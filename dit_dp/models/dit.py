@@ -187,7 +187,8 @@ class LabelEmbedder(nn.Module):
             training=self.training,
             null_label=self.null_label,
         )
-        out: Tensor = self.embedding_table(labels)  # (N, D)
+        # As N sequences of one label: ExpandedWeights takes an (N,) input for one without a batch.
+        out: Tensor = self.embedding_table(labels.unsqueeze(1)).squeeze(1)  # (N, D)
         return out
 
 
