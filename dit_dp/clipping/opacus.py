@@ -217,6 +217,12 @@ class OpacusFunctorchEngine(OpacusEngine):
         return ("none", reason) if reason is not None else ("functorch", "vmap over examples")
 
 
+def _want_contiguous_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
+    """Make the gradient of a convolution's output contiguous: PyTorch's rule for it calls `view`."""
+    if output.requires_grad:
+        output.register_hook(lambda g: g.contiguous())  # type: ignore[no-untyped-call]
+
+
 class OpacusExpandedWeightsEngine(OpacusEngine):
     """The same, with PyTorch's ExpandedWeights instead of hooks."""
 
@@ -225,7 +231,17 @@ class OpacusExpandedWeightsEngine(OpacusEngine):
     def _wrap(self) -> Any:
         from opacus.grad_sample import GradSampleModuleExpandedWeights
 
+        self._handles = [
+            module.register_forward_hook(_want_contiguous_gradient)
+            for module in self.model.modules()
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        ]
         return GradSampleModuleExpandedWeights(self.model, loss_reduction="mean")
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        super()._detach()
 
     @classmethod
     def layer_rule(cls, module: nn.Module) -> tuple[LayerRule, str]:

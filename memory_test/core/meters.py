@@ -22,6 +22,9 @@ from memory_test.core.breakdown import Event, Log, Mark, Tag
 END = "idle"
 """The mark that ends a step."""
 
+_SCOPE_FUNCTIONS = frozenset({"observe", "capture_backprops_hook"})
+"""Functions whose allocations are norm and Gram buffers; the CUDA allocator's history has Python frames, not ranges."""
+
 Holdings = Callable[[], Iterable[tuple[str, Tensor]]]
 """Yields (category, tensor) for everything held now."""
 
@@ -255,9 +258,8 @@ class CudaMemoryMeter(MemoryMeter):
         for entry in history:
             if entry["action"] in ("alloc", "free_requested"):
                 sign = 1 if entry["action"] == "alloc" else -1
-                scope = any("dit_dp/clipping" in frame["filename"] for frame in entry.get("frames", ()))
-                in_rules = scope or any("opacus/grad_sample" in f["filename"] for f in entry.get("frames", ()))
-                events.append(Event(entry["time_us"] / 1e6, entry["addr"], sign * entry["size"], in_rules))
+                scope = any(frame["name"] in _SCOPE_FUNCTIONS for frame in entry.get("frames", ()))
+                events.append(Event(entry["time_us"] / 1e6, entry["addr"], sign * entry["size"], scope))
         marks = [
             Mark(min(position, len(events)), when, *self._steps[index])
             for index, (position, when) in enumerate(self._positions)
