@@ -13,13 +13,13 @@ def one_of(name: str, value: str, accepted: Iterable[str], fix: str | None = Non
         raise UsageError.for_value(name, value, choices, fix)
 
 
-def integer(name: str, value: int, minimum: int = 1, fix: str | None = None) -> None:
+def integer(name: str, value: object, minimum: int = 1, fix: str | None = None) -> None:
     """Raise `UsageError` unless `value` is an int (not a bool) of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise UsageError.for_value(name, value, f"an integer >= {minimum}", fix)
 
 
-def real(name: str, value: float, *, positive: bool, fix: str | None = None) -> None:
+def real(name: str, value: object, *, positive: bool, fix: str | None = None) -> None:
     """Raise `UsageError` unless `value` is a finite number, > 0 if `positive` else >= 0."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < 0 or (positive and value == 0):

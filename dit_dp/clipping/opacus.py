@@ -223,6 +223,19 @@ def _want_contiguous_gradient(module: nn.Module, args: Any, output: Tensor) -> N
         output.register_hook(lambda g: g.contiguous())  # type: ignore[no-untyped-call]
 
 
+def _refuse_flat_indices(name: str) -> Callable[[nn.Module, Any], None]:
+    """Return a hook that refuses indices of shape (N,), for which PyTorch's rule raises deep inside."""
+
+    def hook(module: nn.Module, args: Any) -> None:
+        if args[0].dim() < 2 and torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                f"model: opacus-ew cannot run on layer {name}: ExpandedWeights needs embedding indices of at least "
+                f"two dimensions and got {tuple(args[0].shape)}; look up y[:, None], or use opacus"
+            )
+
+    return hook
+
+
 class OpacusExpandedWeightsEngine(OpacusEngine):
     """The same, with PyTorch's ExpandedWeights instead of hooks."""
 
@@ -235,6 +248,10 @@ class OpacusExpandedWeightsEngine(OpacusEngine):
             module.register_forward_hook(_want_contiguous_gradient)
             for module in self.model.modules()
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        ] + [
+            module.register_forward_pre_hook(_refuse_flat_indices(name))
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding) and module.weight.requires_grad
         ]
         return GradSampleModuleExpandedWeights(self.model, loss_reduction="mean")
 

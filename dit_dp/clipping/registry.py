@@ -24,6 +24,7 @@ class Method:
         private: Whether it clips and takes noise; `vanilla` does not.
         peer: Whether it is somebody else's implementation, measured for comparison.
         supports_checkpointing: Whether activation checkpointing leaves its gradients correct.
+        supports_autocast: Whether it runs under bf16 autocast.
     """
 
     engine: str
@@ -31,6 +32,7 @@ class Method:
     private: bool = True
     peer: bool = False
     supports_checkpointing: bool = True
+    supports_autocast: bool = True
 
 
 METHODS: dict[str, Method] = {
@@ -60,6 +62,7 @@ METHODS: dict[str, Method] = {
         summary="Opacus with PyTorch's ExpandedWeights",
         peer=True,
         supports_checkpointing=False,
+        supports_autocast=False,
     ),
     "opacus-ghost": Method(
         engine="dit_dp.clipping.opacus:OpacusGhostEngine",

@@ -7,10 +7,7 @@ from typing import Any, Literal
 from dit_dp import validate
 from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UsageError
-from dit_dp.models.registry import MODELS, parse_model_name
-
-LATENT_DOWNSAMPLE = 8
-"""Pixels per latent position of the Stable Diffusion VAE that the reference DiT was trained on."""
+from dit_dp.models.registry import LATENT_DOWNSAMPLE, MODELS, parse_model_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +142,14 @@ class ExperimentConfig:
         if self.data == "digits" and self.in_channels != 3:
             raise UsageError.for_value(
                 "data", self.data, "synthetic", "digits are pixels, so they need --in-channels 3"
+            )
+        if self.dtype == "bf16" and not METHODS[self.experiment].supports_autocast:
+            accepted = ", ".join(name for name, method in METHODS.items() if method.supports_autocast)
+            raise UsageError.for_value(
+                "dtype",
+                self.dtype,
+                "float32",
+                f"{self.experiment} multiplies bf16 gradients by float32 weights; methods that run in bf16: {accepted}",
             )
         if self.activation_checkpointing and not METHODS[self.experiment].supports_checkpointing:
             accepted = [name for name, method in METHODS.items() if method.supports_checkpointing]

@@ -59,12 +59,6 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def physical_cores() -> int:
-    """Return the number of physical cores this process may use."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed))
-
-
 @cache
 def cpu_model() -> str:
     """Return the processor's name."""

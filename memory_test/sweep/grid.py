@@ -1,0 +1,112 @@
+"""A sweep file: a base, a grid of values, cells to leave out. Read strictly; every mistake names its field."""
+
+import dataclasses
+import itertools
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dit_dp.errors import UsageError
+from memory_test.core.config import ExperimentConfig
+
+_FIELDS = {f.name: f for f in dataclasses.fields(ExperimentConfig)}
+_KEYS = ("name", "description", "base", "grid", "exclude", "cells")
+_FLOATS = {name for name, f in _FIELDS.items() if f.type in (float, float | None)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A named list of cells, in the order in which they run."""
+
+    name: str
+    description: str = ""
+    cells: list[ExperimentConfig] = field(default_factory=list)
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read a sweep file.
+
+    The cells are the product of ``grid`` over ``base``, the last key varying fastest, without those that match
+    an entry of ``exclude``, and then those of ``cells``, each over ``base``.
+
+    Raises:
+        UsageError: Missing file, broken YAML, an unknown key, a value of the wrong type or out of range, no cell.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError.for_value("sweep", str(path), "a readable YAML file", error.strerror) from error
+    except yaml.YAMLError as error:
+        raise UsageError.for_value("sweep", str(path), "valid YAML", " ".join(str(error).split())) from error
+    if not isinstance(data, dict):
+        raise UsageError.for_value("sweep", str(path), "a mapping with base and grid")
+    for key in data:
+        if key not in _KEYS:
+            raise UsageError.for_value(f"{path}: key", key, _KEYS)
+    base, grid = _mapping(path, data, "base"), _mapping(path, data, "grid")
+    excluded, extra = _list(path, data, "exclude"), _list(path, data, "cells")
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UsageError.for_value(f"{path}: grid.{key}", values, "a list of values")
+    product = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())] if grid else []
+    kept = [cell for cell in product if not any(_matches(entry, {**base, **cell}) for entry in excluded)]
+    cells = [make_cell(path, {**base, **cell}) for cell in [*kept, *extra]]
+    if not cells:
+        raise UsageError.for_value("sweep", str(path), "at least one cell", "give grid, or cells")
+    return Sweep(name=str(data.get("name", path.stem)), description=str(data.get("description", "")), cells=cells)
+
+
+def make_cell(path: Path, values: dict[str, Any]) -> ExperimentConfig:
+    """Build one cell, checking names and types as strictly as the command line does."""
+    for name, value in values.items():
+        if name not in _FIELDS:
+            raise UsageError.for_value(f"{path}: field", name, _FIELDS)
+        if name in _FLOATS and isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", value, re.IGNORECASE):
+            raise UsageError.for_value(
+                f"{path}: {name}", value, "a number", "YAML reads 1e-4 as text; write 1.0e-4 instead"
+            )
+        _check_type(f"{path}: {name}", name, value)
+    if "experiment" not in values:
+        raise UsageError.for_value(f"{path}: experiment", None, "a method", "put it into base or grid")
+    return ExperimentConfig(**{n: float(v) if n in _FLOATS and isinstance(v, int) else v for n, v in values.items()})
+
+
+def _check_type(where: str, name: str, value: Any) -> None:
+    """Refuse text for numbers, numbers for text and the like; ranges are the configuration's own to check."""
+    kind = str(_FIELDS[name].type)
+    is_bool = isinstance(value, bool)
+    accepted = (
+        (value is None and "None" in kind)
+        or (is_bool and "bool" in kind)
+        or (isinstance(value, int) and not is_bool and ("int" in kind or "float" in kind))
+        or (isinstance(value, float) and "float" in kind)
+        or (isinstance(value, str) and ("str" in kind or "Literal" in kind))
+    )
+    if not accepted:
+        plain = kind.replace("typing.", "").replace("<class '", "").replace("'>", "")
+        raise UsageError.for_value(where, value, plain)
+
+
+def _mapping(path: Path, data: dict[str, Any], key: str) -> dict[str, Any]:
+    value = data.get(key) or {}
+    if not isinstance(value, dict):
+        raise UsageError.for_value(f"{path}: {key}", value, "a mapping of field to value")
+    return value
+
+
+def _list(path: Path, data: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    value = data.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise UsageError.for_value(f"{path}: {key}", value, "a list of mappings")
+    for entry in value:
+        for name in entry:
+            if name not in _FIELDS:
+                raise UsageError.for_value(f"{path}: {key} field", name, _FIELDS)
+    return value
+
+
+def _matches(entry: dict[str, Any], cell: dict[str, Any]) -> bool:
+    return all(cell.get(name) == value for name, value in entry.items())
