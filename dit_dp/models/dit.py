@@ -72,9 +72,7 @@ def check_batch(x: Tensor, t: Tensor, y: Tensor, channels: int, size: int) -> No
         raise UsageError.for_value("x", tuple(x.shape), f"shape (N, {channels}, {size}, {size})")
     for name, value in (("t", t), ("y", y)):
         if value.shape != x.shape[:1]:
-            raise UsageError.for_value(
-                name, tuple(value.shape), f"shape ({x.shape[0]},), one entry per example"
-            )
+            raise UsageError.for_value(name, tuple(value.shape), f"shape ({x.shape[0]},), one entry per example")
 
 
 def select_labels(
@@ -376,9 +374,7 @@ class DiT(nn.Module):
         return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (N, O, H, W)
 
 
-def _check_sizes(
-    *, input_size: int, patch_size: int, hidden_size: int, num_heads: int, **others: int
-) -> None:
+def _check_sizes(*, input_size: int, patch_size: int, hidden_size: int, num_heads: int, **others: int) -> None:
     """Raise `UsageError` on the first size that is not a positive integer or does not divide."""
     sizes = {"input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size}
     for name, value in {**sizes, "num_heads": num_heads, **others}.items():

@@ -210,9 +210,7 @@ class _Checkpoint:
         """Raise `UsageError` naming the first argument that contradicts the checkpoint."""
         for name, value in expected.items():
             if value != self.sizes[name]:
-                raise UsageError.for_value(
-                    name, value, f"{self.sizes[name]}, as in the checkpoint {self.name}"
-                )
+                raise UsageError.for_value(name, value, f"{self.sizes[name]}, as in the checkpoint {self.name}")
         if latent_size != self.sizes["latent_size"]:
             there = self.sizes["latent_size"]
             raise UsageError.for_value(
@@ -253,9 +251,7 @@ def _latent_size(img_size: int, in_channels: int, downsample: int | None, pretra
     """Return the side of the model's input in positions, or raise `UsageError`."""
     validate.integer("img_size", img_size)
     if pretrained and in_channels != 4:
-        raise UsageError.for_value(
-            "in_channels", in_channels, "4", "set pretrained=False, or use 4-channel latents"
-        )
+        raise UsageError.for_value("in_channels", in_channels, "4", "set pretrained=False, or use 4-channel latents")
     if in_channels not in (3, 4):
         raise UsageError.for_value("in_channels", in_channels, "3 (pixels), 4 (VAE latents)")
     if downsample is None:
@@ -272,9 +268,7 @@ def _locate(model_name: str) -> tuple[str, dict[str, str]]:
         for place, options in ((folder, {}), (folder / "transformer", {"subfolder": "transformer"})):
             if (place / "config.json").is_file():
                 return str(folder), options
-        raise UsageError.for_value(
-            "model_name", model_name, "a folder with config.json or transformer/config.json"
-        )
+        raise UsageError.for_value("model_name", model_name, "a folder with config.json or transformer/config.json")
     is_architecture = model_name.partition("/")[0] in MODELS
     if is_architecture or not _HUB_NAME.fullmatch(model_name) or model_name.startswith("."):
         raise UsageError.for_value(

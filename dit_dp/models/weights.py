@@ -143,9 +143,7 @@ class _Source:
     def take(self, name: str) -> Tensor:
         """Return a copy of one tensor, or raise `UsageError` naming what is missing."""
         if name not in self._tensors:
-            raise UsageError.for_value(
-                "state_dict", "a mapping", f"one with the name {name!r}", "it is missing"
-            )
+            raise UsageError.for_value("state_dict", "a mapping", f"one with the name {name!r}", "it is missing")
         self._taken.add(name)
         return self._tensors[name].detach().clone()
 
@@ -162,9 +160,7 @@ def _count_blocks(state_dict: Mapping[str, Tensor], prefix: str) -> int:
     pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.")
     numbers = {int(match[1]) for name in state_dict if (match := pattern.match(name))}
     if not numbers:
-        raise UsageError.for_value(
-            "state_dict", f"{len(state_dict)} names", f"names that begin with {prefix}0."
-        )
+        raise UsageError.for_value("state_dict", f"{len(state_dict)} names", f"names that begin with {prefix}0.")
     return max(numbers) + 1
 
 

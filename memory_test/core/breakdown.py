@@ -146,7 +146,9 @@ def breakdown(log: Log, position: int, measured_peak: int) -> dict[str, int]:
     result = dict.fromkeys(BREAKDOWN, 0)
     for allocation in allocations(log.events):
         if allocation.alive_at(position):
-            result[categories.get((allocation.address, allocation.born)) or _by_life(log, allocation)] += allocation.size
+            result[categories.get((allocation.address, allocation.born)) or _by_life(log, allocation)] += (
+                allocation.size
+            )
     result["unattributed"] = measured_peak - sum(result.values())
     return result
 

@@ -113,5 +113,3 @@ def _commit() -> tuple[str | None, bool | None]:
 def _git(root: Path, *arguments: str) -> str:
     done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10)
     return done.stdout.strip()
-
-

@@ -128,9 +128,7 @@ def _choices(model: nn.Module, engine: Engine) -> dict[str, Any]:
     }
 
 
-def _summarise(
-    reading: MemoryReading, times: Times, steady: range, peak_rss: int | None, device: str
-) -> Repeat:
+def _summarise(reading: MemoryReading, times: Times, steady: range, peak_rss: int | None, device: str) -> Repeat:
     """Put one process's observations into a record."""
     log = reading.log
     totals = logs.running_total(log.events)
@@ -166,9 +164,7 @@ def _phases_seen(log: logs.Log) -> list[str]:
     return [phase for phase in PHASES if phase in seen]
 
 
-def _phase(
-    phase: str, reading: MemoryReading, totals: list[int], times: Times, steady: range
-) -> PhaseRecord:
+def _phase(phase: str, reading: MemoryReading, totals: list[int], times: Times, steady: range) -> PhaseRecord:
     """Return the largest peak of a phase over the steady steps (the model phase: step 0), and its median time."""
     steps = [0] if phase == "model" else list(range(2, MEMORY_STEPS + 1))
     counted = [reading.peaks[step, phase] for step in steps if (step, phase) in reading.peaks]

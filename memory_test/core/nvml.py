@@ -27,9 +27,7 @@ def device_use() -> DeviceUse:
         properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
         used = int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-        mine = [
-            p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()
-        ]
+        mine = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
     except pynvml.NVMLError as error:
         return DeviceUse(None, None, f"NVML not available ({error})")
     if mine and mine[0] is not None:

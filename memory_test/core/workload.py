@@ -77,9 +77,7 @@ def build_data(resolved: dict[str, Any]) -> Data:
     device = resolved["device"]
     return Data(
         images=images,
-        objective=DDPMObjective(
-            learn_sigma=resolved["learn_sigma"], class_dropout_prob=resolved["class_dropout_prob"]
-        ),
+        objective=DDPMObjective(learn_sigma=resolved["learn_sigma"], class_dropout_prob=resolved["class_dropout_prob"]),
         device=device,
         generator=torch.Generator().manual_seed(resolved["seed"]),
         device_generator=torch.Generator(device=device).manual_seed(resolved["seed"]),

@@ -1,5 +1,6 @@
 """Run one cell in processes of its own and turn whatever happens into a record."""
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -155,10 +156,8 @@ def _wait(process: "subprocess.Popen[bytes]", timeout_s: float) -> bool:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UsageError
 from memory_test.core import store
 from memory_test.core.config import ExperimentConfig
@@ -118,10 +117,3 @@ def _same_environment(record: Record, environment: Environment, path: Path, on_m
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def describe(config: ExperimentConfig) -> str:
-    """Return a cell in a few words."""
-    method = METHODS[config.experiment]
-    kind = "peer" if method.peer else "ours" if method.private else "baseline"
-    return f"{config.experiment} ({kind}) batch {config.batch_size}"

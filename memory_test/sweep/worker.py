@@ -68,7 +68,9 @@ def _failure(error: BaseException, limit: int | None) -> dict[str, Any]:
     text = " ".join(str(error).split())
     name = type(error).__name__
     out_of_memory = (
-        isinstance(error, MemoryError) or name == "OutOfMemoryError" or bool(re.search("can't allocate|bad_alloc", text))
+        isinstance(error, MemoryError)
+        or name == "OutOfMemoryError"
+        or bool(re.search("can't allocate|bad_alloc", text))
     )
     traceback.print_exception(error, file=sys.stderr)
     answer: dict[str, Any] = {

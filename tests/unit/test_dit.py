@@ -160,9 +160,7 @@ def test_examples_do_not_influence_each_other() -> None:
     together = model(x, t, y, drop)
     for i in range(3):
         one = slice(i, i + 1)
-        torch.testing.assert_close(
-            model(x[one], t[one], y[one], drop[one]), together[one], rtol=0, atol=1e-14
-        )
+        torch.testing.assert_close(model(x[one], t[one], y[one], drop[one]), together[one], rtol=0, atol=1e-14)
 
 
 def test_checkpointing_gives_the_same_output_and_gradients() -> None:
@@ -183,9 +181,7 @@ def test_runs_under_bf16_autocast_and_in_bf16() -> None:
     assert mixed.dtype == low.dtype == torch.bfloat16
     for output in (mixed, low):
         assert (output.float() - full).norm() < 0.05 * full.norm()
-    assert all(
-        p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad
-    )
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
 # The CPU's flash attention has no batching rule; functorch loops over the examples and says so.

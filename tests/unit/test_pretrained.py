@@ -153,9 +153,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 
 @pytest.fixture(params=["custom", "diffusers"])
 def model(request: pytest.FixtureRequest, folder: Path) -> DiTHuggingFaceWrapper:
-    return (
-        custom(class_dropout_prob=0.5) if request.param == "custom" else load(folder, class_dropout_prob=0.5)
-    )
+    return custom(class_dropout_prob=0.5) if request.param == "custom" else load(folder, class_dropout_prob=0.5)
 
 
 def test_loss_is_per_example_over_the_noise_channels(model: DiTHuggingFaceWrapper) -> None:
@@ -328,9 +326,7 @@ def test_a_weight_of_the_wrong_shape_is_named(broken: Callable[..., Path]) -> No
     assert_one_line(caught)
 
 
-def test_an_older_checkpoint_with_the_general_class_name_loads(
-    broken: Callable[..., Path], folder: Path
-) -> None:
+def test_an_older_checkpoint_with_the_general_class_name_loads(broken: Callable[..., Path], folder: Path) -> None:
     """The published checkpoints were saved when one class served every 2-D transformer."""
     path = broken(_class_name="Transformer2DModel", cross_attention_dim=None, use_linear_projection=False)
     x, t, y, _, drop = make_batch()
@@ -362,23 +358,17 @@ def test_damaged_or_absent_files_are_named(broken: Callable[..., Path], tmp_path
 
 @pytest.mark.parametrize("name", ["DiT-XL/2", "DiT-S", "/nowhere/at/all", "./nowhere/model", "nonsense"])
 def test_what_is_neither_a_folder_nor_a_hub_name_is_refused(name: str) -> None:
-    with pytest.raises(
-        UsageError, match=r"with pretrained=True a hub name .* or an existing folder"
-    ) as caught:
+    with pytest.raises(UsageError, match=r"with pretrained=True a hub name .* or an existing folder") as caught:
         load(name)
     assert_one_line(caught)
 
 
 # huggingface_hub 2 warns about an argument that diffusers 0.42 still passes.
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning")
-def test_an_unreachable_hub_is_an_error_with_its_cause(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_unreachable_hub_is_an_error_with_its_cause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        UsageError, match=r"cannot load 'nobody/nothing': .*offline mode is enabled"
-    ) as caught:
+    with pytest.raises(UsageError, match=r"cannot load 'nobody/nothing': .*offline mode is enabled") as caught:
         load("nobody/nothing")
     assert_one_line(caught)
 

@@ -1,0 +1,237 @@
+"""The console command ``memory-test``: parse, call, exit. Nothing heavy is imported before a command runs.
+
+Exit codes: 0 ok; 1 a record with any other status; 2 the user's mistake, said in one line.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from dit_dp.errors import UsageError
+from memory_test.core.config import ExperimentConfig
+
+COMMANDS = {
+    "run": "measure one cell and write its record",
+    "sweep": "measure every cell of a YAML file, resumable",
+    "report": "figures, Markdown and one HTML page from a folder of records",
+    "inspect": "module tree, trainable parameters, which method supports which layer",
+}
+RESULTS = Path("results") / "runs"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArgs:
+    """Measure one method on one model and write a JSON record."""
+
+    config: ExperimentConfig
+    output: Path | None = None
+    """File of the record; default: a new file below results/runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepArgs:
+    """Measure every cell of a sweep file; finished cells are kept and skipped."""
+
+    file: tyro.conf.Positional[Path]
+    """YAML file with base and grid."""
+    output_dir: Path
+    """Folder of the records, one file a cell."""
+    on_mismatch: Annotated[str, tyro.conf.arg(metavar="{refuse,rerun}")] = "refuse"
+    """What to do with records of another environment."""
+    retry_failed: bool = False
+    """Run cells again that ended in error, timeout or crash."""
+    report: bool = False
+    """Write the report into OUTPUT_DIR/report when done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArgs:
+    """Turn a folder of records into figures, Markdown and one HTML page."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of records."""
+    output_dir: Path | None = None
+    """Where the report goes; default: FOLDER/report."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the entry point of the console script."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        _say(_usage())
+        return 0
+    runners = {"run": main_run, "sweep": main_sweep, "report": main_report, "inspect": main_inspect}
+    if name not in runners:
+        return _complain(UsageError.for_value("command", name, COMMANDS))
+    return runners[name](arguments[1:], f"memory-test {name}")
+
+
+def main_run(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Measure one cell."""
+    return _guarded(RunArgs, argv, prog, _run)
+
+
+def main_sweep(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run a sweep."""
+    return _guarded(SweepArgs, argv, prog, _sweep)
+
+
+def main_report(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Write a report."""
+    return _guarded(ReportArgs, argv, prog, _report)
+
+
+def main_inspect(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Inspect a model."""
+    from memory_test.inspection.args import InspectArgs
+
+    def inspect(args: InspectArgs) -> int:
+        from memory_test.inspection.inspection import run_inspect
+
+        return run_inspect(args)
+
+    return _guarded(InspectArgs, argv, prog, inspect)
+
+
+# --- commands -----------------------------------------------------------------------------------------------------
+
+
+def _run(args: RunArgs) -> int:
+    from memory_test.core import store
+    from memory_test.sweep.runner import run_cell
+    from memory_test.sweep.summary import describe_cell, describe_record
+
+    output = args.output or _default_output(args.config)
+    store.check_writable(output)
+    _note(describe_cell(args.config))
+    record = run_cell(args.config)
+    store.save(record, output)
+    _say(describe_record(record))
+    _say(f"record: {output}")
+    return 0 if record.status == "ok" else 1
+
+
+def _sweep(args: SweepArgs) -> int:
+    from memory_test.sweep import sweep as sweeps
+    from memory_test.sweep.grid import load_sweep
+    from memory_test.sweep.progress import run_with_progress
+
+    if args.on_mismatch not in ("refuse", "rerun"):
+        raise UsageError.for_value("on_mismatch", args.on_mismatch, ("refuse", "rerun"))
+    plan = sweeps.prepare(load_sweep(args.file), args.output_dir, args.on_mismatch, args.retry_failed)  # type: ignore[arg-type]
+    records = run_with_progress(plan, sys.stderr)
+    if args.report:
+        _report(ReportArgs(folder=args.output_dir))
+    counts = {status: sum(r.status == status for r in records) for status in dict.fromkeys(r.status for r in records)}
+    _say(f"records: {args.output_dir} ({', '.join(f'{n} {status}' for status, n in counts.items())})")
+    return 0 if all(record.status == "ok" for record in records) else 1
+
+
+def _report(args: ReportArgs) -> int:
+    from memory_test.report.frames import load_frame
+    from memory_test.report.markdown import terminal_table
+    from memory_test.report.report import write_report
+
+    paths = write_report(args.folder, args.output_dir or args.folder / "report")
+    _say(terminal_table(load_frame(args.folder)))
+    _say(f"report: {paths.html}")
+    return 0
+
+
+# --- what commands share ------------------------------------------------------------------------------------------
+
+
+def _guarded(kind: type[T], argv: Sequence[str] | None, prog: str | None, command: Callable[[T], int]) -> int:
+    """Parse, run and turn a user's mistake into one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        return command(parse(kind, argv, prog))
+    except UsageError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        _note("interrupted; finished cells are kept")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parse(kind: type[T], argv: Sequence[str] | None, prog: str | None = None) -> T:
+    """Build a dataclass from the command line.
+
+    Raises:
+        UsageError: In one line, what tyro says in a box.
+        SystemExit: After ``--help``.
+    """
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(kind, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+        raise UsageError(_flatten(captured.getvalue())) from None
+
+
+def _flatten(box: str) -> str:
+    """Return the text of a tyro error box as one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    text = re.sub(r"^\s*╭─+\s*(.*?)\s*─*╮", r"\1:", text, flags=re.MULTILINE)
+    lines = (re.sub(r"[╭╮╰╯│─┌┐└┘]+", " ", line).strip() for line in text.splitlines())
+    joined = " ".join(line for line in lines if line)
+    return re.sub(r"\s+", " ", joined.split("For full helptext")[0]).strip()
+
+
+def _default_output(config: ExperimentConfig) -> Path:
+    import datetime
+
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    model = Path(config.model).name if config.pretrained else config.model.replace("/", "-")
+    return RESULTS / f"{stamp}-{config.experiment}-{model}-b{config.batch_size}.json"
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: memory-test COMMAND [OPTIONS]",
+            "",
+            "What differential privacy costs a diffusion transformer: memory and time, by method.",
+            "",
+            *lines,
+            "",
+            "memory-test COMMAND --help lists a command's options.",
+        ]
+    )
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _complain(error: UsageError) -> int:
+    _note(f"memory-test: error: {error}")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

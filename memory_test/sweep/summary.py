@@ -1,0 +1,61 @@
+"""A cell and its record in a few lines for people."""
+
+from statistics import median
+
+from memory_test.core.config import ExperimentConfig
+from memory_test.core.schema import Record
+from memory_test.core.units import format_bytes, format_seconds
+
+
+def describe_cell(config: ExperimentConfig) -> str:
+    """Return what is about to be measured, with the derived sizes."""
+    resolved = config.resolve(device=config.device, num_threads=config.num_threads or 0)
+    size = f"{config.in_channels}x{config.latent_size}x{config.latent_size}"
+    return (
+        f"{config.experiment}: {resolved['model']}, {config.image_size} px, input {size}, T={resolved['num_tokens']}, "
+        f"batch {config.batch_size}, {config.dtype}"
+    )
+
+
+def short_result(record: Record) -> str:
+    """Return the outcome in one short line."""
+    if record.status != "ok":
+        failure = record.failure
+        return record.status if failure is None else f"{record.status}: {failure.message}"
+    step = median(record.step_times_s)
+    return (
+        f"peak {format_bytes(record.peak_allocated_bytes)}, step {format_seconds(step)}, "
+        f"{record.throughput_examples_per_s:.3g} examples/s"
+    )
+
+
+def describe_record(record: Record) -> str:
+    """Return a record's numbers, or why it has none."""
+    if record.status != "ok":
+        return _describe_failure(record)
+    device = record.environment.device_name if record.environment else "unknown device"
+    lines = [
+        f"status      ok, measured on {device}",
+        f"peak        {format_bytes(record.peak_allocated_bytes)} allocated"
+        + (f", {format_bytes(record.peak_reserved_bytes)} reserved" if record.peak_reserved_bytes else ""),
+        f"step        {format_seconds(median(record.step_times_s))} (median of {len(record.step_times_s)}), "
+        f"first {format_seconds(record.first_step_s)}, {record.throughput_examples_per_s:.3g} examples/s",
+        "at the peak "
+        + ", ".join(
+            f"{name.replace('_', ' ')} {format_bytes(size)}"
+            for name, size in sorted(record.breakdown_bytes.items(), key=lambda item: -item[1])
+            if size >= 0.01 * (record.peak_allocated_bytes or 1)
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _describe_failure(record: Record) -> str:
+    failure = record.failure
+    if failure is None:
+        return f"status      {record.status}"
+    lines = [f"status      {record.status} in {failure.phase or 'an unknown phase'}", f"reason      {failure.message}"]
+    if record.status == "oom":
+        asked, free, limit = map(format_bytes, (failure.requested_bytes, failure.free_bytes, failure.limit_bytes))
+        lines.append(f"memory      asked for {asked}, free {free}, limit {limit}")
+    return "\n".join(lines)
