@@ -146,8 +146,8 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """Return one row per group, method, source and batch size, with overheads over vanilla.
 
     A cell measured again after a failure counts with its numbers. Added columns: ``label`` (the method,
-    marked if predicted), ``memory_ratio`` and ``time_ratio`` (over vanilla of the same group, source and batch size;
-    empty without one), ``numbers`` (positions in `frame`, from 1) and ``num_records``.
+    marked if predicted), ``memory_ratio`` and ``time_ratio`` (over vanilla of the same group, source and
+    batch size; empty without one), ``numbers`` (positions in `frame`, from 1) and ``num_records``.
 
     Args:
         frame: What `load_frame` returned.
