@@ -77,7 +77,7 @@ def peak_by_method(rows: pd.DataFrame, batch_size: int) -> Figure:
                 continue
             met.append(name)
             width = float(value) / size
-            pattern = "...." if name == "unattributed" else hatch
+            pattern = "xxxx" if name == "unattributed" else hatch
             style: dict[str, Any] = {"color": CATEGORY_COLORS[name], "edgecolor": SURFACE, "linewidth": 0.6}
             axes.barh(place, width, left=left, height=0.66, hatch=pattern, **style)
             left += width

@@ -192,9 +192,11 @@ def groups(frame: pd.DataFrame) -> list[Group]:
     made = []
     for key, config in configs.items():
         title = _title(config, varying)
+        title = f"{title} · {key}" if title in {group.title for group in made} else title
         rows = summary[summary["group"] == key].reset_index(drop=True)
         part = frame[frame["group"] == key]
-        slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+        short = title.replace(" px", "px").replace(" channels", "ch").replace(" tokens", "t")
+        slug = re.sub(r"[^a-z0-9]+", "-", short.lower()).strip("-")
         made.append(Group(title=title, slug=slug, rows=rows, config=config, protocol=_protocol(part)))
     return sorted(made, key=lambda group: (-len(group.rows), group.title))
 
