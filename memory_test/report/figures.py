@@ -66,7 +66,7 @@ def peak_by_method(rows: pd.DataFrame, batch_size: int) -> Figure:
     """Draw the peak of every method at a batch size, stacked by category, with what failed named."""
     cells = cells_at(rows, batch_size)
     size, unit = size_unit(cells["peak_allocated_bytes"])
-    figure, axes = panel(f"Peak memory, batch {batch_size}", 92 + 27 * len(cells) + 44)
+    figure, axes = panel(f"Peak memory, batch {batch_size}", 100 + 29 * len(cells) + 48)
     met: list[str] = []
     for place, cell in enumerate(cells.to_dict("records")):
         hatch = "////" if cell["source"] == "predicted" else None
@@ -87,7 +87,7 @@ def peak_by_method(rows: pd.DataFrame, batch_size: int) -> Figure:
         end_label(axes, place, left, peak_text(cell))
     method_axis(axes, cells)
     axes.set_xlabel(unit)
-    axes.set_xlim(0, 1.5 * (axes.dataLim.x1 if cells["status"].eq("ok").any() else 1))
+    axes.set_xlim(0, 1.62 * (axes.dataLim.x1 if cells["status"].eq("ok").any() else 1))
     handles = [
         Patch(facecolor=CATEGORY_COLORS[name], label=CATEGORY_NAMES[name], edgecolor=SURFACE)
         for name in BREAKDOWN
@@ -102,7 +102,7 @@ def overhead(rows: pd.DataFrame, batch_size: int) -> Figure:
     """Draw memory and time of every method at a batch size as multiples of vanilla's."""
     cells = cells_at(rows, batch_size)
     cells = cells[(cells["experiment"] != "vanilla") | (cells["source"] != "measured")]
-    figure, axes = panel(f"Overhead over vanilla, batch {batch_size}", 88 + 34 * len(cells))
+    figure, axes = panel(f"Overhead over vanilla, batch {batch_size}", 90 + 36 * len(cells))
     axes.axvline(1, color=MUTED, linewidth=1.2)
     for place, cell in enumerate(cells.to_dict("records")):
         color, predicted = method_color(cell["experiment"]), cell["source"] == "predicted"
@@ -113,11 +113,11 @@ def overhead(rows: pd.DataFrame, batch_size: int) -> Figure:
             style: dict[str, Any] = {"color": color, "alpha": alpha, "hatch": "////" if predicted else None}
             axes.barh(place + shift, ratio, height=0.34, edgecolor=SURFACE, linewidth=0.6, **style)
             what = "memory" if name == "memory_ratio" else "time"
-            end_label(axes, place + shift, ratio, f"{ratio:.2f}× {what}", size=9.5)
+            end_label(axes, place + shift, ratio, f"{ratio:.2f}× {what}", size=10.5)
         if pd.isna(cell["memory_ratio"]):
             end_label(axes, place, 0, STATUS_TEXT.get(cell["status"], "no vanilla to compare with"))
     method_axis(axes, cells)
-    axes.set_xlim(0, max(1.2, 1.34 * axes.dataLim.x1))
+    axes.set_xlim(0, max(1.2, 1.42 * axes.dataLim.x1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.set_xlabel("multiple of ordinary training (line: 1×)")
     return figure
@@ -149,8 +149,8 @@ def memory_against_batch(rows: pd.DataFrame) -> Figure:
     if crosses:
         axes.axhline(edge, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         says = f"limit {format_bytes(limit)}" if limit is not None and edge == limit / size else "did not fit"
-        where = {"xycoords": ("axes fraction", "data"), "color": MUTED, "fontsize": 9.5}
-        note(axes, f"{says}   × out of memory", (0, edge), (4, 5), **where)
+        where = {"xycoords": ("axes fraction", "data"), "color": MUTED, "fontsize": 10.5}
+        note(axes, f"{says}\u00a0\u00a0 × out of memory", (0, edge), (4, 5), **where)
     batch_axis(axes, rows)
     axes.set_ylim(0, max(edge if crosses else 0, axes.dataLim.y1) * 1.12)
     axes.set_ylabel(unit)
@@ -162,7 +162,7 @@ def memory_against_batch(rows: pd.DataFrame) -> Figure:
 def throughput(rows: pd.DataFrame, batch_size: int) -> Figure:
     """Draw examples per second of every method at a batch size, with the slowest and the fastest step."""
     cells = cells_at(rows, batch_size)
-    figure, axes = panel(f"Throughput, batch {batch_size}", 78 + 27 * len(cells))
+    figure, axes = panel(f"Throughput, batch {batch_size}", 80 + 29 * len(cells))
     for place, cell in enumerate(cells.to_dict("records")):
         rate = cell["throughput_examples_per_s"]
         if cell["status"] != "ok" or pd.isna(rate):
@@ -180,7 +180,7 @@ def throughput(rows: pd.DataFrame, batch_size: int) -> Figure:
             end = max(rate, fast)
         end_label(axes, place, end, f"{rate:.3g}")
     method_axis(axes, cells)
-    axes.set_xlim(0, 1.16 * (axes.dataLim.x1 if cells["status"].eq("ok").any() else 1))
+    axes.set_xlim(0, 1.2 * (axes.dataLim.x1 if cells["status"].eq("ok").any() else 1))
     axes.set_xlabel("examples per second (whisker: slowest to fastest step)")
     return figure
 
@@ -202,7 +202,7 @@ def pareto(rows: pd.DataFrame) -> Figure:
         last = line.iloc[-1]
         ends.append((str(label), last["experiment"], last["x"], last["y"]))
     for cell in front.to_dict("records"):
-        style = {"ha": "center", "va": "top", "fontsize": 9, "color": MUTED}
+        style = {"ha": "center", "va": "top", "fontsize": 10, "color": MUTED}
         note(axes, f"b{cell['batch_size']}", (cell["x"], cell["y"]), (0, -7), **style)
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.08 * max([*points["y"], 1e-9]))

@@ -187,9 +187,9 @@ def groups(frame: pd.DataFrame) -> list[Group]:
         frame: What `load_frame` returned.
     """
     summary = summarise(frame)
-    configs = {key: _group_config(part) for key, part in frame.groupby("group", sort=False)}
+    configs = {str(key): _group_config(part) for key, part in frame.groupby("group", sort=False)}
     varying = _varying(configs.values())
-    made = []
+    made: list[Group] = []
     for key, config in configs.items():
         title = _title(config, varying)
         title = f"{title} · {key}" if title in {group.title for group in made} else title

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from memory_test.core.schema import Environment
 from memory_test.core.units import format_bytes
 from memory_test.report import markdown
-from memory_test.report.frames import Group, environment_of, failures, groups
+from memory_test.report.frames import Group, environment_of, failures, groups, headline_batch
 from memory_test.report.palette import DARK_RULES, FONT_RULES, inline_svg, method_color
 from memory_test.report.plates import PEAK_CAPTION, TIMELINE_CAPTION, Plate, ranges
 
@@ -59,7 +59,7 @@ def _title(found: list[Group], environment: Environment | None) -> str:
 
 
 def _section(index: int, group: Group, frame: pd.DataFrame, drawn: list[tuple[Plate, str]]) -> dict[str, Any]:
-    rows = group.rows
+    rows, batch = group.rows, headline_batch(group.rows)
     shelves: dict[str, list[dict[str, Any]]] = {"overview": [], "timeline": [], "batches": []}
     for place, (plate, svg) in enumerate(drawn):
         picture = Markup(inline_svg(svg, f"g{index}f{place}-"))
@@ -72,9 +72,11 @@ def _section(index: int, group: Group, frame: pd.DataFrame, drawn: list[tuple[Pl
         shelves[plate.shelf].append(shown)
     return {
         "title": group.title,
-        "finding": markdown.key_finding(rows),
+        "finding": markdown.key_finding(rows).replace("batch ", "batch\u00a0"),
         "reach": markdown.reach(rows),
-        "table": _table(rows),
+        "first_table": _table(rows if batch is None else rows[rows["batch_size"] == batch]),
+        "batch": batch,
+        "table": _table(rows) if batch is not None and rows["batch_size"].nunique() > 1 else [],
         "has_vanilla": bool(rows["memory_ratio"].notna().any()),
         "predicted": bool(rows["source"].eq("predicted").any()),
         "shelves": shelves,

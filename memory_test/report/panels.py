@@ -22,7 +22,7 @@ def panel(title: str, height: float) -> tuple[Figure, Axes]:
     """Return a titled figure of the standard width with one pair of axes; height in points."""
     figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
     figure.get_layout_engine().set(w_pad=2 / 72, h_pad=4 / 72)  # type: ignore[union-attr, call-arg]
-    figure.suptitle(title, x=0.005, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure.suptitle(title, x=0.005, ha="left", fontsize=13, fontweight="bold", color=INK)
     return figure, figure.subplots()
 
 
@@ -54,7 +54,7 @@ def peak_text(cell: Mapping[Hashable, Any]) -> str:
     if cell["status"] != "ok":
         return STATUS_TEXT[cell["status"]]
     plain = pd.isna(cell["memory_ratio"]) or cell["experiment"] == "vanilla"
-    ratio = "" if plain else f"  {cell['memory_ratio']:.2f}×"
+    ratio = "" if plain else f"\u00a0\u00a0{cell['memory_ratio']:.2f}×"
     return format_bytes(int(cell["peak_allocated_bytes"])) + ratio
 
 
@@ -63,7 +63,7 @@ def note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, fl
     axes.annotate(text, at, offset, textcoords="offset points", annotation_clip=False, **style)
 
 
-def end_label(axes: Axes, place: float, end: float, text: str, size: float = 10) -> None:
+def end_label(axes: Axes, place: float, end: float, text: str, size: float = 11) -> None:
     """Write a label behind a bar's end."""
     note(axes, text, (end, place), (5, 0), va="center_baseline", fontsize=size, color=INK if end else MUTED)
 
@@ -137,7 +137,7 @@ def right_labels(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> N
             "shrinkA": 0,
             "shrinkB": 5,
         }
-        style: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "fontsize": 10}
+        style: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "fontsize": 11}
         axes.annotate(label, (x, y), (1.03, place), arrowprops=leader, annotation_clip=False, **style)
 
 
@@ -167,8 +167,8 @@ def draw_bands(axes: Axes, names: Sequence[str], starts: Sequence[float], end: f
         if index:
             axes.axvline(start, color=GRID, linewidth=0.7, zorder=0.5)
     middles = [(edges[i] + edges[i + 1]) / 2 / end for i in range(len(names))]
-    upright = [(edges[i + 1] - edges[i]) / end * room < 6.2 * len(name) for i, name in enumerate(names)]
-    turned = spread_out([m for m, up in zip(middles, upright, strict=True) if up], 12 / room)
+    upright = [(edges[i + 1] - edges[i]) / end * room < 6.6 * len(name) for i, name in enumerate(names)]
+    turned = spread_out([m for m, up in zip(middles, upright, strict=True) if up], 13 / room)
     places = iter(turned)
     for name, middle, up in zip(names, middles, upright, strict=True):
         at = next(places) if up else middle
@@ -176,7 +176,7 @@ def draw_bands(axes: Axes, names: Sequence[str], starts: Sequence[float], end: f
             "rotation": 90 if up else 0,
             "ha": "center",
             "va": "top",
-            "fontsize": 9.5,
+            "fontsize": 10.5,
             "color": MUTED,
         }
         axes.annotate(name, (min(at, 0.98), 0.98), xycoords="axes fraction", **style)

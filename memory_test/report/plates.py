@@ -86,8 +86,8 @@ def _overview(rows: pd.DataFrame, batch: int) -> Iterator[Plate]:
         yield Plate(
             name="memory-against-batch",
             title="Peak memory against batch size",
-            caption="Each line is a method. The steeper it is, the more an example costs; a dotted line ends in "
-            "a cross at the batch size that ran out of memory.",
+            caption="Each line is a method. The steeper it is, the more an example costs; a dotted line ends "
+            "in a cross at the batch size that ran out of memory.",
             shelf="overview",
             numbers=_numbers(rows),
             figure=figures.memory_against_batch(rows),
@@ -96,8 +96,8 @@ def _overview(rows: pd.DataFrame, batch: int) -> Iterator[Plate]:
         yield Plate(
             name=f"throughput-b{batch}",
             title=f"Throughput, batch {batch}",
-            caption="Examples per second, from the median of the timed steps. The whisker spans the slowest to "
-            "the fastest step: where whiskers overlap, methods are not told apart.",
+            caption="Examples per second, from the median of the timed steps. The whisker spans the slowest "
+            "to the fastest step: where whiskers overlap, methods are not told apart.",
             shelf="overview",
             numbers=here,
             figure=figures.throughput(rows, batch),
@@ -106,8 +106,8 @@ def _overview(rows: pd.DataFrame, batch: int) -> Iterator[Plate]:
         yield Plate(
             name="pareto",
             title="Time against memory",
-            caption="Each point is a method at a batch size (b); lower left is better. The grey band joins the "
-            "private cells that no other private cell beats in both.",
+            caption="Each point is a method at a batch size (b); lower left is better. The grey band joins "
+            "the private cells that no other private cell beats in both.",
             shelf="overview",
             numbers=_numbers(good),
             figure=figures.pareto(rows),
