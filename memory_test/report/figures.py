@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from memory_test.core.schema import BREAKDOWN, Record
 from memory_test.core.units import format_bytes
+from memory_test.report.frames import BASELINE, measured_if_any
 from memory_test.report.palette import (
     CATEGORY_COLORS,
     CATEGORY_NAMES,
@@ -101,7 +102,7 @@ def peak_by_method(rows: pd.DataFrame, batch_size: int) -> Figure:
 def overhead(rows: pd.DataFrame, batch_size: int) -> Figure:
     """Draw memory and time of every method at a batch size as multiples of vanilla's."""
     cells = cells_at(rows, batch_size)
-    cells = cells[(cells["experiment"] != "vanilla") | (cells["source"] != "measured")]
+    cells = cells[cells["experiment"] != BASELINE].reset_index(drop=True)
     figure, axes = panel(f"Overhead over vanilla, batch {batch_size}", 90 + 36 * len(cells))
     axes.axvline(1, color=MUTED, linewidth=1.2)
     for place, cell in enumerate(cells.to_dict("records")):
@@ -181,7 +182,7 @@ def throughput(rows: pd.DataFrame, batch_size: int) -> Figure:
         end_label(axes, place, end, f"{rate:.3g}")
     method_axis(axes, cells)
     axes.set_xlim(0, 1.2 * (axes.dataLim.x1 if cells["status"].eq("ok").any() else 1))
-    axes.set_xlabel("examples per second (whisker: slowest to fastest step)")
+    axes.set_xlabel("examples/s (whisker: slowest to fastest step)")
     return figure
 
 
@@ -194,7 +195,7 @@ def pareto(rows: pd.DataFrame) -> Figure:
     each = good["step_time_s"] / good["batch_size"]
     scale, time_unit = duration_unit(max([*each, 0.0]))
     points = good.assign(x=good["peak_allocated_bytes"].astype("float64") / size, y=each / scale)
-    front = pareto_front(points)
+    front = pareto_front(measured_if_any(points))
     axes.step(front["x"], front["y"], where="post", color=MUTED, linewidth=5, alpha=0.3, zorder=1)
     ends: list[tuple[str, str, float, float]] = []
     for label, line in points.groupby("label", sort=False):

@@ -213,14 +213,16 @@ def headline_batch(rows: pd.DataFrame) -> int | None:
     return max((int(count), int(str(batch))) for batch, count in counts.items())[1]
 
 
+def measured_if_any(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the measured rows, or all where none was measured."""
+    measured = rows["source"] == "measured"
+    return rows[measured] if measured.any() else rows
+
+
 def environment_of(frame: pd.DataFrame) -> Environment | None:
     """Return the environment of the measured records, else of the predicted ones, if any says."""
-    for source in ("measured", "predicted"):
-        for record in frame[frame["source"] == source]["record"]:
-            if record.environment is not None:
-                found: Environment = record.environment
-                return found
-    return None
+    found = [record.environment for record in measured_if_any(frame)["record"]]
+    return next((environment for environment in found if environment is not None), None)
 
 
 def failures(frame: pd.DataFrame) -> pd.DataFrame:

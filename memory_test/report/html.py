@@ -11,7 +11,15 @@ from markupsafe import Markup
 from memory_test.core.schema import Environment
 from memory_test.core.units import format_bytes
 from memory_test.report import markdown
-from memory_test.report.frames import Group, environment_of, failures, groups, headline_batch
+from memory_test.report.frames import (
+    BASELINE,
+    Group,
+    environment_of,
+    failures,
+    groups,
+    headline_batch,
+    measured_if_any,
+)
 from memory_test.report.palette import DARK_RULES, FONT_RULES, inline_svg, method_color
 from memory_test.report.plates import PEAK_CAPTION, TIMELINE_CAPTION, Plate, ranges
 
@@ -90,12 +98,15 @@ def _table(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the summary's rows; the leanest and the fastest private cell of each batch size are marked."""
     made = []
     ordered = rows.sort_values("batch_size", kind="stable")
-    good = ordered[(ordered["status"] == "ok") & (ordered["experiment"] != "vanilla")]
+    good = measured_if_any(ordered[(ordered["status"] == "ok") & (ordered["experiment"] != BASELINE)])
     leanest = good.groupby("batch_size")["peak_allocated_bytes"].min().to_dict()
     fastest = good.groupby("batch_size")["step_time_s"].min().to_dict()
     before = None
     for cell, row in zip(markdown.cells(rows), ordered.to_dict("records"), strict=True):
-        batch, usable = row["batch_size"], cell.ok and cell.private
+        batch, usable = (
+            row["batch_size"],
+            row["experiment"] != BASELINE and row["source"] in set(good["source"]),
+        )
         made.append(
             {
                 "values": cell.values,

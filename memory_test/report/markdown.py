@@ -19,6 +19,7 @@ from memory_test.report.frames import (
     failures,
     groups,
     headline_batch,
+    measured_if_any,
 )
 
 HEADINGS = ("method", "batch", "peak", "× vanilla", "step", "× vanilla", "examples/s", "status")
@@ -44,9 +45,6 @@ class Cell:
     """One row of the summary table, as text in the order of `HEADINGS`."""
 
     values: tuple[str, ...]
-    ok: bool
-    predicted: bool
-    private: bool
     numbers: tuple[int, ...]
 
 
@@ -70,12 +68,8 @@ def _cell(row: Mapping[Hashable, Any]) -> Cell:
         _rate(row),
         str(row["status"]),
     )
-    known = METHODS.get(row["experiment"])
     return Cell(
         values=values,
-        ok=ok,
-        predicted=row["source"] == "predicted",
-        private=known.private if known else True,
         numbers=tuple(row["numbers"]),
     )
 
@@ -101,7 +95,7 @@ def key_finding(rows: pd.DataFrame) -> str:
     if batch is None:
         counts = ", ".join(f"{count} × {status}" for status, count in rows["status"].value_counts().items())
         return f"No cell finished ({counts}), so there is nothing to compare."
-    here = rows[rows["batch_size"] == batch]
+    here = measured_if_any(rows[rows["batch_size"] == batch])
     wanted = [name for name in _SPOKEN if name != BASELINE] + [n for n in METHODS if n not in _SPOKEN]
     told = here[(here["status"] == "ok") & here["experiment"].isin(wanted)]
     with_ratio = told[told["memory_ratio"].notna()]
@@ -122,7 +116,7 @@ def _leading(rows: pd.DataFrame) -> list[Mapping[Hashable, Any]]:
     """Return at most three methods to name: ours, then Opacus's default, then the leanest other."""
     order = {"ghost": 0, "opacus": 1}
     ranked = rows.assign(_rank=[order.get(name, 2) for name in rows["experiment"]])
-    ranked = ranked.sort_values(["_rank", "source", "peak_allocated_bytes"], kind="stable")
+    ranked = ranked.sort_values(["_rank", "peak_allocated_bytes"], kind="stable")
     return [dict(row) for row in ranked.head(3).to_dict("records")]
 
 
