@@ -151,7 +151,7 @@ def memory_against_batch(rows: pd.DataFrame) -> Figure:
         axes.axhline(edge, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         says = f"limit {format_bytes(limit)}" if limit is not None and edge == limit / size else "did not fit"
         where = {"xycoords": ("axes fraction", "data"), "color": MUTED, "fontsize": 10.5}
-        note(axes, f"{says}\u00a0\u00a0 × out of memory", (0, edge), (4, 5), **where)
+        note(axes, f"{says}; ×: out of memory", (0, edge), (4, 5), **where)
     batch_axis(axes, rows)
     axes.set_ylim(0, max(edge if crosses else 0, axes.dataLim.y1) * 1.12)
     axes.set_ylabel(unit)
@@ -240,8 +240,10 @@ def phase_timeline(record: Record, limit_bytes: int | None = None) -> Figure:
     sizes = [value / size for value in timeline.allocated_bytes]
     top = 1.45 * (limit_bytes or max(timeline.allocated_bytes)) / size
     color = method_color(record.experiment)
-    axes.fill_between(times, sizes, color=color, alpha=0.22, linewidth=0, hatch="////" if mark else None)
-    axes.plot(times, sizes, color=color, linewidth=1.7)
+    axes.fill_between(times, sizes, color=color, alpha=0.22, linewidth=0)
+    if mark:
+        axes.fill_between(times, sizes, facecolor="none", edgecolor=color, linewidth=0, hatch="///")
+    axes.plot(times, sizes, color=color, linewidth=1.7, linestyle="--" if mark else "-")
     best = max(range(len(sizes)), key=sizes.__getitem__)
     axes.plot(times[best], sizes[best], marker="o", color=color, markeredgecolor=SURFACE, markersize=6.5)
     side = "left" if times[best] < 0.55 * times[-1] else "right"

@@ -102,10 +102,10 @@ def _table(rows: pd.DataFrame) -> list[dict[str, Any]]:
     leanest = good.groupby("batch_size")["peak_allocated_bytes"].min().to_dict()
     fastest = good.groupby("batch_size")["step_time_s"].min().to_dict()
     before = None
-    for cell, row in zip(markdown.cells(rows), ordered.to_dict("records"), strict=True):
+    for cell, index, row in zip(markdown.cells(rows), ordered.index, ordered.to_dict("records"), strict=True):
         batch, usable = (
             row["batch_size"],
-            row["experiment"] != BASELINE and row["source"] in set(good["source"]),
+            index in good.index,
         )
         made.append(
             {
