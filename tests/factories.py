@@ -293,7 +293,7 @@ def write_folder(folder: Path, records: Iterable[Record]) -> Path:
     """Save records as a sweep does, one file a cell, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, item in enumerate(records):
-        batch = item.config_resolved["batch_size"]
+        batch = item.config_resolved.get("batch_size", "none")
         path = folder / f"{item.experiment}-b{batch}.json"
         store.save(item, path if not path.exists() else path.with_stem(f"{path.stem}-{index}"))
     return folder

@@ -44,6 +44,7 @@ from memory_test.report.panels import (
     peak_text,
     right_labels,
     size_unit,
+    thin,
 )
 
 P = ParamSpec("P")
@@ -236,8 +237,9 @@ def phase_timeline(record: Record, limit_bytes: int | None = None) -> Figure:
     mark = " (predicted)" if record.source == "predicted" else ""
     batch = record.config_resolved.get("batch_size")
     figure, axes = panel(f"{record.experiment}{mark}, batch {batch}", 215)
-    times = [value / scale for value in timeline.time_s]
-    sizes = [value / size for value in timeline.allocated_bytes]
+    times, sizes = thin(
+        [value / scale for value in timeline.time_s], [value / size for value in timeline.allocated_bytes]
+    )
     top = 1.45 * (limit_bytes or max(timeline.allocated_bytes)) / size
     color = method_color(record.experiment)
     axes.fill_between(times, sizes, color=color, alpha=0.22, linewidth=0)
@@ -248,7 +250,7 @@ def phase_timeline(record: Record, limit_bytes: int | None = None) -> Figure:
     axes.plot(times[best], sizes[best], marker="o", color=color, markeredgecolor=SURFACE, markersize=6.5)
     side = "left" if times[best] < 0.55 * times[-1] else "right"
     offset = (7 if side == "left" else -7, 4)
-    text = format_bytes(timeline.allocated_bytes[best])
+    text = format_bytes(max(timeline.allocated_bytes))
     note(axes, text, (times[best], sizes[best]), offset, ha=side, fontweight="bold")
     axes.set_xlim(0, times[-1])
     axes.set_ylim(0, top)

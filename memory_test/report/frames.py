@@ -5,6 +5,7 @@ the method, the batch size and in settings that cost nothing (`FREE`). Averages 
 configuration only; everything else is refused, naming what differs.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -19,6 +20,7 @@ import pandas as pd
 from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UsageError
 from memory_test.core import store
+from memory_test.core.config import ExperimentConfig
 from memory_test.core.schema import BREAKDOWN, PHASES, Environment, PhaseRecord, Record
 
 FREE = (
@@ -237,9 +239,12 @@ def failures(frame: pd.DataFrame) -> pd.DataFrame:
     return bad
 
 
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ExperimentConfig) if f.name != "experiment"}
+
+
 def config_of(record: Record) -> dict[str, Any]:
-    """Return the resolved configuration, over what was asked for where it could not be resolved."""
-    return {**record.config_requested, **record.config_resolved}
+    """Return the resolved configuration, over what was asked for, over the defaults."""
+    return {**_DEFAULTS, **record.config_requested, **record.config_resolved}
 
 
 def _is_measured(record: Record) -> bool:

@@ -1,5 +1,6 @@
 """Axes, labels and marks that figures share."""
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -155,6 +156,19 @@ def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
     up = push(wanted)
     down = [1 - value for value in reversed(push(1 - value for value in reversed(wanted)))]
     return [(low + high) / 2 for low, high in zip(up, down, strict=True)]
+
+
+def thin(times: Sequence[float], sizes: Sequence[float], most: int = 600) -> tuple[list[float], list[float]]:
+    """Return at most about `most` of the samples of a line: the lowest and the highest of each stretch."""
+    if len(times) <= most:
+        return list(times), list(sizes)
+    width = math.ceil(2 * len(times) / most)
+    kept: set[int] = {0, len(times) - 1}
+    for start in range(0, len(times), width):
+        stretch = range(start, min(start + width, len(times)))
+        kept |= {min(stretch, key=sizes.__getitem__), max(stretch, key=sizes.__getitem__)}
+    order = sorted(kept)
+    return [times[index] for index in order], [sizes[index] for index in order]
 
 
 def draw_bands(axes: Axes, names: Sequence[str], starts: Sequence[float], end: float) -> None:

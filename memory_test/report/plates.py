@@ -116,7 +116,7 @@ def _overview(rows: pd.DataFrame, batch: int) -> Iterator[Plate]:
 
 def _timelines(rows: pd.DataFrame, batch: int) -> Iterator[Plate]:
     here = rows[(rows["batch_size"] == batch) & (rows["status"] == "ok")]
-    here = here[[record.timeline is not None for record in here["record"]]]
+    here = here[[_has_timeline(record) for record in here["record"]]]
     top = max((max(record.timeline.allocated_bytes) for record in here["record"]), default=None)
     for row in here.to_dict("records"):
         record: Record = row["record"]
@@ -128,6 +128,10 @@ def _timelines(rows: pd.DataFrame, batch: int) -> Iterator[Plate]:
             numbers=tuple(row["numbers"][:1]),
             figure=figures.phase_timeline(record, top),
         )
+
+
+def _has_timeline(record: Record) -> bool:
+    return record.timeline is not None and bool(record.timeline.time_s) and record.timeline.time_s[-1] > 0
 
 
 def _other_batches(rows: pd.DataFrame, batch: int) -> Iterator[Plate]:

@@ -8,9 +8,9 @@ import matplotlib as mpl
 import pytest
 from factories import METHODS, grid, record, write_folder
 
-from memory_test.core.schema import BREAKDOWN
+from memory_test.core.schema import BREAKDOWN, Timeline
 from memory_test.report import figures, frames, palette
-from memory_test.report.panels import spread_out
+from memory_test.report.panels import spread_out, thin
 from memory_test.report.plates import plates, ranges
 
 
@@ -162,6 +162,23 @@ def test_labels_move_apart_and_stay_inside():
     assert max(placed) <= 1
     assert spread_out([0.2, 0.8], 0.1) == pytest.approx([0.2, 0.8])
     assert spread_out([], 0.1) == []
+
+
+def test_long_timelines_are_thinned_to_their_extremes():
+    times = [float(index) for index in range(20_000)]
+    sizes = [float(index % 7) for index in range(20_000)]
+    sizes[12_345] = 99.0
+    kept_times, kept_sizes = thin(times, sizes)
+    assert len(kept_times) <= 610
+    assert kept_times == sorted(kept_times)
+    assert max(kept_sizes) == 99.0
+    assert thin([0.0, 1.0], [1.0, 2.0]) == ([0.0, 1.0], [1.0, 2.0])
+
+
+def test_an_empty_timeline_is_left_out(tmp_path):
+    empty = Timeline(time_s=[], allocated_bytes=[], phase_names=[], phase_start_s=[])
+    group = group_of(tmp_path, [record("vanilla"), replace(record("ghost"), timeline=empty)])
+    assert [plate.name[-10:] for plate in plates(group) if plate.shelf == "timeline"] == ["easured-b4"]
 
 
 def test_numbers_are_told_as_ranges():

@@ -122,6 +122,15 @@ def test_a_dead_worker_without_environment_stays_in_its_group(tmp_path):
     assert frame["device_name"].isna().sum() == 1
 
 
+def test_a_cell_that_could_not_be_resolved_is_listed(tmp_path):
+    lost = replace(
+        record("opacus", status="error"), config_resolved={}, config_requested={"model": "DiT-XL/2"}
+    )
+    frame = load(tmp_path / "a", [record("vanilla"), record("ghost"), lost])
+    assert frame["batch_size"].tolist().count(1) == 1
+    assert len(frames.groups(frame)) == 2
+
+
 def test_only_costless_settings_share_a_group(tmp_path):
     records = [
         record("vanilla"),
