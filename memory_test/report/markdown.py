@@ -95,18 +95,20 @@ def key_finding(rows: pd.DataFrame) -> str:
     if batch is None:
         counts = ", ".join(f"{count} × {status}" for status, count in rows["status"].value_counts().items())
         return f"No cell finished ({counts}), so there is nothing to compare."
-    here = measured_if_any(rows[rows["batch_size"] == batch])
+    here = rows[rows["batch_size"] == batch]
+    good = measured_if_any(here[here["status"] == "ok"])
     wanted = [name for name in _SPOKEN if name != BASELINE] + [n for n in METHODS if n not in _SPOKEN]
-    told = here[(here["status"] == "ok") & here["experiment"].isin(wanted)]
+    told = good[good["experiment"].isin(wanted)]
     with_ratio = told[told["memory_ratio"].notna()]
     lost = [spoken(name) for name in here[here["status"] == "oom"]["experiment"]]
     if len(with_ratio):
         first, *others = _leading(with_ratio)
         text = "; ".join([_statement(first, batch), *(_clause(row) for row in others)])
     else:
-        best = here[here["status"] == "ok"].sort_values("peak_allocated_bytes").iloc[0]
+        best = good.sort_values("peak_allocated_bytes", kind="stable").iloc[0]
         size = format_bytes(int(best["peak_allocated_bytes"]))
-        text = f"{spoken(best['experiment'])} takes {size} at batch {batch}; no ratio without vanilla"
+        text = f"{spoken(best['experiment'])} {_verb(best)} {size} at batch {batch}"
+        text += "" if best["experiment"] == BASELINE else "; no ratio without vanilla"
     if lost:
         text += f"; {', '.join(lost)} did not fit"
     return text[0].upper() + text[1:] + "."
@@ -120,11 +122,14 @@ def _leading(rows: pd.DataFrame) -> list[Mapping[Hashable, Any]]:
     return [dict(row) for row in ranked.head(3).to_dict("records")]
 
 
+def _verb(row: Mapping[Hashable, Any] | pd.Series) -> str:
+    return "is predicted to take" if row["source"] == "predicted" else "takes"
+
+
 def _statement(row: Mapping[Hashable, Any], batch: int) -> str:
-    verb = "is predicted to take" if row["source"] == "predicted" else "takes"
     time = "" if pd.isna(row["time_ratio"]) else f" and {row['time_ratio']:.2f}× the time"
     memory = f"{row['memory_ratio']:.2f}× the memory"
-    return f"{spoken(row['experiment'])} {verb} {memory}{time} of ordinary training at batch {batch}"
+    return f"{spoken(row['experiment'])} {_verb(row)} {memory}{time} of ordinary training at batch {batch}"
 
 
 def _clause(row: Mapping[Hashable, Any]) -> str:
