@@ -202,13 +202,14 @@ def record(
         "environment": env,
         "choices": {"attention_kernel": "flash" if device == "cuda" else "math"},
     }
-    if status != "ok":
-        return Record(**common, **_nothing(), failure=failure(status, device))
-    return Record(**common, **_numbers(experiment, batch_size, device, scale, asked.num_iter))
+    ok = status == "ok"
+    rest = _numbers(experiment, batch_size, device, scale, asked.num_iter) if ok else _nothing(status, device)
+    return Record(**common, **rest)
 
 
-def _nothing() -> dict[str, Any]:
+def _nothing(status: Status, device: Device) -> dict[str, Any]:
     return {
+        "failure": failure(status, device),
         "peak_allocated_bytes": None,
         "peak_reserved_bytes": None,
         "first_step_s": None,

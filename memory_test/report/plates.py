@@ -69,7 +69,6 @@ def plates(group: Group) -> list[Plate]:
 
 def _overview(rows: pd.DataFrame, batch: int) -> Iterator[Plate]:
     here = _numbers(rows[rows["batch_size"] == batch])
-    good = rows[rows["status"] == "ok"]
     yield _peak(rows, batch, "overview")
     compared = rows[(rows["batch_size"] == batch) & rows["memory_ratio"].notna()]
     if compared["experiment"].ne(BASELINE).any():
@@ -92,6 +91,11 @@ def _overview(rows: pd.DataFrame, batch: int) -> Iterator[Plate]:
             numbers=_numbers(rows),
             figure=figures.memory_against_batch(rows),
         )
+    yield from _speed(rows, batch)
+
+
+def _speed(rows: pd.DataFrame, batch: int) -> Iterator[Plate]:
+    good = rows[rows["status"] == "ok"]
     if good["throughput_examples_per_s"].notna().any():
         yield Plate(
             name=f"throughput-b{batch}",
@@ -99,7 +103,7 @@ def _overview(rows: pd.DataFrame, batch: int) -> Iterator[Plate]:
             caption="Examples per second, from the median of the timed steps. The whisker spans the slowest "
             "to the fastest step: where whiskers overlap, methods are not told apart.",
             shelf="overview",
-            numbers=here,
+            numbers=_numbers(rows[rows["batch_size"] == batch]),
             figure=figures.throughput(rows, batch),
         )
     if good["step_time_s"].notna().any():
