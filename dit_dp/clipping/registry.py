@@ -23,7 +23,6 @@ class Method:
         summary: One line for people.
         private: Whether it clips and takes noise; `vanilla` does not.
         peer: Whether it is somebody else's implementation, measured for comparison.
-        options: Performance settings the engine is constructed with.
         supports_checkpointing: Whether activation checkpointing leaves its gradients correct.
     """
 
@@ -31,7 +30,6 @@ class Method:
     summary: str
     private: bool = True
     peer: bool = False
-    options: tuple[tuple[str, Any], ...] = ()
     supports_checkpointing: bool = True
 
 
@@ -52,17 +50,15 @@ METHODS: dict[str, Method] = {
         supports_checkpointing=False,
     ),
     "opacus-functorch": Method(
-        engine="dit_dp.clipping.opacus:OpacusEngine",
+        engine="dit_dp.clipping.opacus:OpacusFunctorchEngine",
         summary="Opacus GradSampleModule with force_functorch: the same by vmap",
         peer=True,
-        options=(("grad_sample_mode", "functorch"),),
         supports_checkpointing=False,
     ),
     "opacus-ew": Method(
-        engine="dit_dp.clipping.opacus:OpacusEngine",
+        engine="dit_dp.clipping.opacus:OpacusExpandedWeightsEngine",
         summary="Opacus with PyTorch's ExpandedWeights",
         peer=True,
-        options=(("grad_sample_mode", "ew"),),
         supports_checkpointing=False,
     ),
     "opacus-ghost": Method(
@@ -99,9 +95,12 @@ def attach(
     """
     if method not in METHODS:
         raise UsageError.for_value("method", method, METHODS)
-    entry = METHODS[method]
-    module, _, name = entry.engine.partition(":")
-    engine_class = getattr(importlib.import_module(module), name)
-    options = {**dict(entry.options), **performance}
-    engine: Engine = engine_class(model, max_grad_norm=max_grad_norm, on_phase=on_phase, **options)
+    engine: Engine = engine_class(method)(model, max_grad_norm=max_grad_norm, on_phase=on_phase, **performance)
     return engine
+
+
+def engine_class(method: str) -> "type[Engine]":
+    """Import and return the engine of a method, a key of `METHODS`."""
+    module, _, name = METHODS[method].engine.partition(":")
+    loaded: type[Engine] = getattr(importlib.import_module(module), name)
+    return loaded

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from dit_dp.errors import UsageError
 
 PATCH_SIZES = (2, 4, 8)
+LATENT_DOWNSAMPLE = 8
+"""Pixels per latent position of the Stable Diffusion VAE that the reference DiT was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,10 @@ class ExperimentConfig:
     def _check_combinations(self) -> None:
         if self.pretrained and self.in_channels != 4:
             raise UsageError.for_value(
-                "in_channels", self.in_channels, "4", "pretrained DiT takes 4-channel VAE latents; drop --pretrained"
+                "in_channels",
+                self.in_channels,
+                "4",
+                "pretrained DiT takes 4-channel VAE latents; drop --pretrained",
             )
         if self.data == "digits" and self.in_channels != 3:
             raise UsageError.for_value(

@@ -1,0 +1,223 @@
+"""The interface of every clipping method, and what they share: state, empty batches, noise."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dit_dp import validate
+from dit_dp.clipping.batch import Batch, LossFn, check_losses, num_rows, trainable_parameters
+from dit_dp.errors import EngineStateError, UsageError
+
+LayerRule = Literal["ghost", "direct", "outer product", "embedding", "functorch", "expanded weights", "none"]
+"""How a layer's per-example norm is obtained; `none`: the method cannot run on it."""
+
+MEMORY_SCOPE = "dit_dp.clipping"
+"""Name of the profiler range in which buffers for norms are allocated, so that meters can attribute them."""
+
+
+def _ignore_phase(phase: str) -> None:
+    """Announce to nobody."""
+
+
+class Engine(ABC):
+    """A method attached to a model.
+
+    One step: `accumulate` (or a forward and `backward`), once or more; `privatize`, once; the optimizer's
+    step; `zero_grad`. Between `accumulate` and `privatize` the sum belongs to the engine: ours keep it in
+    `.grad`, a peer where it likes. After `privatize` it is in `.grad`, noised and divided by the expected
+    batch size.
+    """
+
+    private: ClassVar[bool] = True
+    sum_in_grad: ClassVar[bool] = True
+    """Whether `.grad` holds the clipped sum between `accumulate` and `privatize`."""
+
+    def __init__(
+        self, model: nn.Module, *, max_grad_norm: float, on_phase: Callable[[str], None] | None = None
+    ) -> None:
+        validate.real("max_grad_norm", max_grad_norm, positive=True)
+        if hasattr(model, "_dit_dp_engine"):
+            raise EngineStateError("model: another engine is attached; call its detach() first")
+        self.model = model
+        self.max_grad_norm = float(max_grad_norm)
+        self.parameters = trainable_parameters(model)
+        self._announce = on_phase or _ignore_phase
+        self._state: Literal["clean", "accumulated", "privatized"] = "clean"
+        self._generator: torch.Generator | None = None
+        self._attach()
+        model._dit_dp_engine = True  # type: ignore[assignment]
+
+    # --- the step -------------------------------------------------------------------------------------------
+
+    def accumulate(self, loss_fn: LossFn, batch: Batch) -> Tensor | None:
+        """Run forward and backward; add the sum of clipped per-example gradients to what is accumulated.
+
+        Args:
+            loss_fn: Returns (N,) losses; draws nothing at random, so that every pass sees the same function.
+            batch: N rows; N = 0 is an empty Poisson batch and adds nothing.
+
+        Returns:
+            (N,) norms of the per-example gradients before clipping, detached; `None` for `vanilla`.
+
+        Raises:
+            LossShapeError: The losses are not of shape (N,).
+            EngineStateError: The last step's gradients were not cleared, or came from outside.
+        """
+        self._begin()
+        examples = num_rows(batch)
+        self._announce("forward")
+        if examples == 0:
+            return self._accumulate_nothing()
+        losses = loss_fn(self._callable_model(), batch)
+        check_losses(losses, examples)
+        return self._finish(losses)
+
+    def backward(self, losses: Tensor) -> Tensor | None:
+        """Do the same for a forward pass that the caller ran.
+
+        Args:
+            losses: (N,) per-example losses with their graph, from the model that `forward_model` returns.
+
+        Returns:
+            As `accumulate`.
+        """
+        self._begin()
+        check_losses(losses)
+        return self._accumulate_nothing() if losses.shape[0] == 0 else self._finish(losses)
+
+    @property
+    def forward_model(self) -> nn.Module:
+        """The module to call before `backward`: the model itself, or a peer's wrapper around it."""
+        return self._callable_model()
+
+    @torch.no_grad()
+    def privatize(
+        self, *, noise_multiplier: float, expected_batch_size: float, generator: torch.Generator | None = None
+    ) -> None:
+        """Add Gaussian noise of standard deviation ``noise_multiplier * C`` once, divide by the batch size.
+
+        Args:
+            noise_multiplier: sigma; 0 adds none, which gives no privacy.
+            expected_batch_size: The divisor: the expected batch, never the one that was drawn.
+            generator: Source of the noise on the parameters' device; default: the engine's own, seeded by
+                the operating system.
+
+        Raises:
+            EngineStateError: Nothing was accumulated since the last call.
+
+        **Guarantees**: the clipped sum has sensitivity C under adding or removing one example, so the noise is
+        that of the Gaussian mechanism with multiplier sigma. **Edge cases**: after an empty batch the result
+        is noise alone; a parameter without gradient takes noise too.
+        """
+        validate.real("noise_multiplier", noise_multiplier, positive=False)
+        validate.real("expected_batch_size", expected_batch_size, positive=True)
+        if self._state != "accumulated":
+            raise EngineStateError("privatize: nothing was accumulated since the last call; call accumulate first")
+        if self.private:
+            self._announce("noise")
+        self._privatize(noise_multiplier, expected_batch_size, generator)
+        self._state = "privatized"
+
+    def zero_grad(self) -> None:
+        """Clear gradients and whatever else the step left behind."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self._state = "clean"
+
+    def detach(self) -> None:
+        """Put the model back as it was before `attach`."""
+        self.zero_grad()
+        self._detach()
+        del self.model._dit_dp_engine
+
+    # --- what meters and people ask -------------------------------------------------------------------------
+
+    def tracked_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (category, tensor) for what the engine holds now beyond `.grad`; categories as in records."""
+        yield from ()
+
+    def choices(self) -> dict[str, Any]:
+        """Return what the engine decided by itself, for the record."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def layer_rule(cls, module: nn.Module) -> tuple[LayerRule, str]:
+        """Return how this method treats one module with parameters of its own, and why or what to do."""
+
+    # --- for methods to fill in -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def _attach(self) -> None:
+        """Prepare the model, or raise `UnsupportedModelError` naming the layer."""
+
+    @abstractmethod
+    def _finish(self, losses: Tensor) -> Tensor | None:
+        """Go from (N,) losses, N > 0, to the accumulated sum; announce ``backward`` and ``clip``."""
+
+    @abstractmethod
+    def _detach(self) -> None:
+        """Undo `_attach`."""
+
+    def _callable_model(self) -> nn.Module:
+        """Return what `loss_fn` is given."""
+        return self.model
+
+    def _accumulate_nothing(self) -> Tensor | None:
+        """Accumulate an empty batch."""
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._state = "accumulated"
+        return next(iter(self.parameters.values())).new_zeros(0)
+
+    def _privatize(
+        self, noise_multiplier: float, expected_batch_size: float, generator: torch.Generator | None
+    ) -> None:
+        """Noise and normalise `.grad`, one parameter at a time."""
+        std = noise_multiplier * self.max_grad_norm
+        source = generator or self._own_generator()
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if std > 0:
+                parameter.grad.add_(torch.empty_like(parameter).normal_(0.0, std, generator=source))
+            if expected_batch_size != 1:
+                parameter.grad.div_(expected_batch_size)
+
+    # --- private --------------------------------------------------------------------------------------------
+
+    def _own_generator(self) -> torch.Generator:
+        """Return the engine's noise source, made on first use with entropy of the operating system."""
+        if self._generator is None:
+            self._generator = torch.Generator(device=next(iter(self.parameters.values())).device)
+            self._generator.seed()
+        return self._generator
+
+    def _begin(self) -> None:
+        """Check that gradients are where the engine left them."""
+        if self._state == "accumulated":
+            return
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                reason = (
+                    "the last step was not cleared"
+                    if self._state == "privatized"
+                    else "it came from outside the engine"
+                )
+                raise EngineStateError(f"accumulate: parameter {name} already has a gradient: {reason}; call zero_grad")
+        self._state = "clean"
+
+
+def require_no_noise(noise_multiplier: float) -> None:
+    """Raise unless the noise multiplier is 0; for methods without clipping."""
+    if noise_multiplier != 0:
+        raise UsageError.for_value(
+            "noise_multiplier",
+            noise_multiplier,
+            "0",
+            "without clipping, noise has no scale and protects nobody",
+        )

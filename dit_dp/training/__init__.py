@@ -1,0 +1,5 @@
+"""Training: the step that measuring, training and predicting share."""
+
+from dit_dp.training.step import make_optimizer, train_step
+
+__all__ = ["make_optimizer", "train_step"]

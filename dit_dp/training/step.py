@@ -1,0 +1,75 @@
+"""One training step, the same for every method: the only training loop body of the project."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dit_dp.clipping.batch import Batch, LossFn
+from dit_dp.clipping.engine import Engine
+from dit_dp.errors import UsageError
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+}
+IMPLEMENTATIONS = {"foreach": {"foreach": True}, "fused": {"fused": True}, "for-loop": {"foreach": False}}
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], *, learning_rate: float, implementation: str
+) -> torch.optim.Optimizer:
+    """Return an optimizer without weight decay.
+
+    Args:
+        name: A key of `OPTIMIZERS`.
+        parameters: What it updates.
+        learning_rate: Step size.
+        implementation: ``foreach``, ``fused`` or ``for-loop``; said explicitly, since each takes other memory.
+
+    Raises:
+        UsageError: Unknown name or implementation.
+    """
+    if name not in OPTIMIZERS:
+        raise UsageError.for_value("optimizer", name, OPTIMIZERS)
+    if implementation not in IMPLEMENTATIONS:
+        raise UsageError.for_value("optimizer_impl", implementation, IMPLEMENTATIONS)
+    arguments = {"lr": learning_rate, "weight_decay": 0.0, **IMPLEMENTATIONS[implementation]}
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[name](parameters, **arguments)  # type: ignore[arg-type]
+    return optimizer
+
+
+def train_step(
+    engine: Engine,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: LossFn,
+    batch: Batch,
+    *,
+    noise_multiplier: float,
+    expected_batch_size: float,
+    generator: torch.Generator | None = None,
+    on_phase: Callable[[str], None] | None = None,
+) -> Tensor | None:
+    """Take one step on one batch.
+
+    Args:
+        engine: A method attached to the model.
+        optimizer: Over the engine's parameters.
+        loss_fn: Per-example losses, (N,).
+        batch: N rows.
+        noise_multiplier: sigma; 0 for `vanilla`.
+        expected_batch_size: The divisor of the noised sum.
+        generator: Source of the noise.
+        on_phase: Told ``optimizer`` when the update begins; the engine announces the phases before.
+
+    Returns:
+        (N,) norms before clipping, or `None` where the method has none.
+    """
+    norms = engine.accumulate(loss_fn, batch)
+    engine.privatize(noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size, generator=generator)
+    if on_phase is not None:
+        on_phase("optimizer")
+    optimizer.step()
+    engine.zero_grad()
+    return norms

@@ -1,0 +1,193 @@
+"""The loop every number comes from: one function, run once with clocks and once with allocator meters."""
+
+import gc
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_dp.clipping import attach
+from dit_dp.clipping.engine import Engine
+from dit_dp.training import make_optimizer, train_step
+from memory_test.core import breakdown as logs
+from memory_test.core.meters import END, Clock, MemoryReading, Meter, Times, memory_meter
+from memory_test.core.nvml import device_use
+from memory_test.core.schema import PHASES, PhaseRecord, Repeat
+from memory_test.core.workload import build_data, build_model, loss_function
+
+MEMORY_STEPS = 3
+"""Steps of a memory pass: the first, whose optimizer state is born in it, and two steady ones."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One process's result: its numbers and what was found out on the way."""
+
+    repeat: Repeat
+    choices: dict[str, Any]
+
+
+def measure(resolved: dict[str, Any], on_progress: Callable[[str], None]) -> Measured:
+    """Measure one cell in this process: a timing pass, then a memory pass of the same loop.
+
+    Args:
+        resolved: From `ExperimentConfig.resolve`.
+        on_progress: Told ``pass: phase`` at every phase, so that a parent knows where a worker died.
+    """
+    torch.set_num_threads(resolved["num_threads"])
+    warmup, timed = resolved["warmup"], resolved["num_iter"]
+    with Clock(resolved["device"]) as clock:
+        choices = run_loop(resolved, clock, 1 + warmup + timed, lambda phase: on_progress(f"timing: {phase}"))
+    times = clock.read()
+    peak_rss = _peak_rss_bytes()
+    _release(resolved["device"])
+    with memory_meter(resolved["device"]) as meter:
+        run_loop(resolved, meter, MEMORY_STEPS, lambda phase: on_progress(f"memory: {phase}"))
+    on_progress("memory: analysing")
+    reading = meter.read()
+    choices["attention_kernels"] = list(reading.kernels)
+    steady = range(2 + warmup, 2 + warmup + timed)
+    return Measured(_summarise(reading, times, steady, peak_rss, resolved["device"]), choices)
+
+
+def run_loop(
+    resolved: dict[str, Any], meter: Meter, num_steps: int, on_progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Build everything and take `num_steps` steps, telling the meter of every phase.
+
+    Returns:
+        What was chosen automatically, and parameter counts.
+    """
+    step = 0
+
+    def announce(phase: str) -> None:
+        on_progress(phase)
+        meter.mark(step, phase)
+
+    announce("model")
+    torch.manual_seed(resolved["seed"])
+    model = build_model(resolved).to(resolved["device"])
+    engine = attach(model, resolved["experiment"], resolved["max_grad_norm"], on_phase=announce)
+    optimizer = make_optimizer(
+        resolved["optimizer"],
+        engine.parameters.values(),
+        learning_rate=resolved["learning_rate"],
+        implementation=resolved["optimizer_impl"],
+    )
+    announce("input")
+    data = build_data(resolved)
+    loss_fn = loss_function(data, resolved["dtype"])
+    batch: dict[str, Tensor] = {}
+    meter.hold(lambda: _holdings(model, engine, optimizer, batch))
+    for step in range(1, num_steps + 1):  # noqa: B007  (announce reads it)
+        announce("input")
+        batch = data.batch(resolved["batch_size"])
+        train_step(
+            engine,
+            optimizer,
+            loss_fn,
+            batch,
+            noise_multiplier=resolved["noise_multiplier"],
+            expected_batch_size=resolved["batch_size"],
+            generator=data.device_generator,
+            on_phase=announce,
+        )
+        announce(END)
+    return _choices(model, engine)
+
+
+def _holdings(
+    model: nn.Module, engine: Engine, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield everything held now, with its category."""
+    for parameter in model.parameters():
+        yield "parameters", parameter
+        if parameter.grad is not None:
+            yield "gradients", parameter.grad
+    for buffer in model.buffers():
+        yield "parameters", buffer
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                yield "optimizer_state", value
+    yield from engine.tracked_tensors()
+    for tensor in batch.values():
+        yield "input", tensor
+
+
+def _choices(model: nn.Module, engine: Engine) -> dict[str, Any]:
+    trainable = sum(p.numel() for p in engine.parameters.values())
+    return {
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_trainable_parameters": trainable,
+        **engine.choices(),
+    }
+
+
+def _summarise(
+    reading: MemoryReading, times: Times, steady: range, peak_rss: int | None, device: str
+) -> Repeat:
+    """Put one process's observations into a record."""
+    log = reading.log
+    totals = logs.running_total(log.events)
+    later = range(2, MEMORY_STEPS + 1)
+    peak, position = logs.peak_within(totals, logs.span(log, later))
+    first, _ = logs.peak_within(totals, logs.span(log, [1]))
+    peak, first = peak + reading.baseline, first + reading.baseline
+    reserved = None
+    if reading.peaks:  # the allocator's own counters are the authority; the log explains them
+        peak = max(held[0] for (step, _), held in reading.peaks.items() if step in later)
+        first = max(held[0] for (step, _), held in reading.peaks.items() if step == 1)
+        reserved = max(held[1] for held in reading.peaks.values())
+    use = device_use() if device == "cuda" else None
+    return Repeat(
+        first_step_peak_allocated_bytes=first,
+        peak_allocated_bytes=peak,
+        peak_reserved_bytes=reserved,
+        process_bytes=use.process_bytes if use else None,
+        device_used_bytes=use.used_bytes if use else None,
+        context_bytes=use.process_bytes - torch.cuda.memory_reserved() if use and use.process_bytes else None,
+        memory_source=f"{reading.source}; {use.note}" if use else reading.source,
+        peak_rss_bytes=peak_rss,
+        first_step_s=times.steps.get(1),
+        step_times_s=[times.steps[step] for step in steady],
+        phases={phase: _phase(phase, reading, totals, times, steady) for phase in _phases_seen(log)},
+        breakdown_bytes=logs.breakdown(log, position, peak),
+        timeline=logs.timeline(log, MEMORY_STEPS, reading.baseline),
+    )
+
+
+def _phases_seen(log: logs.Log) -> list[str]:
+    seen = {mark.phase for mark in log.marks}
+    return [phase for phase in PHASES if phase in seen]
+
+
+def _phase(
+    phase: str, reading: MemoryReading, totals: list[int], times: Times, steady: range
+) -> PhaseRecord:
+    """Return the largest peak of a phase over the steady steps (the model phase: step 0), and its median time."""
+    steps = [0] if phase == "model" else list(range(2, MEMORY_STEPS + 1))
+    counted = [reading.peaks[step, phase] for step in steps if (step, phase) in reading.peaks]
+    allocated = logs.peak_within(totals, logs.span(reading.log, steps, phase))[0] + reading.baseline
+    return PhaseRecord(
+        peak_allocated_bytes=max(held[0] for held in counted) if counted else allocated,
+        peak_reserved_bytes=max(held[1] for held in counted) if counted else None,
+        time_s=times.phase_median(phase, steady),
+    )
+
+
+def _release(device: str) -> None:
+    """Give back what the timing pass held, so that the memory pass starts clean."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def _peak_rss_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,282 @@
+"""What watches the loop: clocks in a timing pass, allocators in a memory pass.
+
+A meter is told of every phase's beginning (`mark`) and, in a memory pass, which tensors are held at that moment.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from statistics import median
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from dit_dp.clipping.engine import MEMORY_SCOPE
+from memory_test.core.breakdown import Event, Log, Mark, Tag
+
+END = "idle"
+"""The mark that ends a step."""
+
+_SCOPE_FUNCTIONS = frozenset({"observe", "capture_backprops_hook"})
+"""Functions whose allocations are norm and Gram buffers; the CUDA allocator's history has Python frames, not ranges."""
+
+Holdings = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Yields (category, tensor) for everything held now."""
+
+
+class Meter(AbstractContextManager["Meter"], ABC):
+    """Told where the loop is."""
+
+    @abstractmethod
+    def mark(self, step: int, phase: str) -> None:
+        """Note that `phase` of step number `step` (0: before the first) begins now."""
+
+    def hold(self, holdings: Holdings) -> None:
+        """Learn how to ask which tensors are held."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+# --- time -----------------------------------------------------------------------------------------------------
+
+
+class Clock(Meter):
+    """Times phases: CUDA events on CUDA, a monotonic clock elsewhere. Nothing is synchronised before `read`."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        self._marks: list[tuple[int, str, Any]] = []
+
+    def mark(self, step: int, phase: str) -> None:
+        """Note the time."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((step, phase, event))
+        else:
+            self._marks.append((step, phase, time.perf_counter()))
+
+    def read(self) -> "Times":
+        """Return what was timed."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        steps: dict[int, float] = {}
+        phases: dict[str, dict[int, float]] = {}
+        for (step, phase, start), (_, _, end) in zip(self._marks, self._marks[1:], strict=False):
+            if phase in (END, "input"):
+                continue
+            seconds = start.elapsed_time(end) / 1e3 if self._cuda else end - start
+            by_step = phases.setdefault(phase, {})
+            by_step[step] = by_step.get(step, 0.0) + seconds
+            if phase != "model":
+                steps[step] = steps.get(step, 0.0) + seconds
+        return Times(steps, phases)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds by step, and by phase and step."""
+
+    steps: dict[int, float]
+    phases: dict[str, dict[int, float]]
+
+    def phase_median(self, phase: str, steps: Iterable[int]) -> float | None:
+        """Return the median time of a phase over steps; the model phase has only step 0."""
+        by_step = self.phases.get(phase, {})
+        values = [by_step[s] for s in ([0] if phase == "model" else steps) if s in by_step]
+        return median(values) if values else None
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryReading:
+    """What a memory pass found.
+
+    Attributes:
+        log: Events, marks and tags.
+        peaks: (allocated, reserved) bytes by (step, phase) from the allocator's own counters, where it has them.
+        baseline: Bytes allocated before the log began.
+        kernels: Attention kernels that ran.
+        source: Where the numbers come from, for the record.
+    """
+
+    log: Log
+    peaks: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict)
+    baseline: int = 0
+    kernels: tuple[str, ...] = ()
+    source: str = ""
+
+
+class MemoryMeter(Meter):
+    """Common to both devices: marks and the tags taken at them."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, str]] = []
+        self._tags: list[Tag] = []
+        self._holdings: Holdings | None = None
+
+    def hold(self, holdings: Holdings) -> None:
+        """Ask `holdings` at every mark from now on."""
+        self._holdings = holdings
+
+    def mark(self, step: int, phase: str) -> None:
+        """Note the position in the log and who holds what."""
+        self._note_position(len(self._steps), step, phase)
+        if self._holdings is not None:
+            for category, tensor in self._holdings():
+                address = tensor.untyped_storage().data_ptr()
+                if address:
+                    self._tags.append(Tag(len(self._steps), address, category))
+        self._steps.append((step, phase))
+
+    @abstractmethod
+    def _note_position(self, index: int, step: int, phase: str) -> None:
+        """Make mark number `index` findable in the log."""
+
+    @abstractmethod
+    def read(self) -> MemoryReading:
+        """Return what was found; call after the pass."""
+
+
+class CpuMemoryMeter(MemoryMeter):
+    """The CPU allocator's every allocation, operators' temporaries included, from the profiler's events."""
+
+    _PREFIX = "memory_test.mark:"
+
+    def __enter__(self) -> "CpuMemoryMeter":
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+
+    def _note_position(self, index: int, step: int, phase: str) -> None:
+        with record_function(f"{self._PREFIX}{index}"):
+            pass
+
+    def read(self) -> MemoryReading:
+        """Walk the profiler's event tree once."""
+        assert self._profile.profiler is not None and self._profile.profiler.kineto_results is not None
+        kernels: set[str] = set()
+        found: list[tuple[int, int, Any]] = []  # time (ns), mark number or -1, (address, size, scope)
+        stack = [(node, False) for node in self._profile.profiler.kineto_results.experimental_event_tree()]
+        while stack:
+            node, scope = stack.pop()
+            name = node.name
+            if name == "[memory]":
+                extra = node.extra_fields
+                found.append((node.start_time_ns, -1, (extra.ptr, extra.alloc_size, scope)))
+                continue
+            if name.startswith(self._PREFIX):
+                found.append((node.start_time_ns, int(name[len(self._PREFIX) :]), None))
+            elif name.startswith("aten::_scaled_dot_product"):
+                kernels.add(name.removeprefix("aten::"))
+            scope = scope or name == MEMORY_SCOPE
+            stack.extend((child, scope) for child in node.children)
+        found.sort(key=lambda item: item[0])
+        events: list[Event] = []
+        marks: list[Mark] = []
+        for when, number, memory in found:
+            if number >= 0:
+                marks.append(Mark(len(events), when / 1e9, *self._steps[number]))
+            else:
+                address, size, in_scope = memory
+                events.append(Event(when / 1e9, address, size, in_scope))
+        return MemoryReading(
+            Log(events, marks, self._tags),
+            kernels=_forward_only(kernels),
+            source="CPU allocator events of the torch profiler",
+        )
+
+
+class CudaMemoryMeter(MemoryMeter):
+    """The caching allocator's counters and its history of allocations.
+
+    A mark's position in the history is the number of allocations and releases the allocator has counted.
+    """
+
+    def __enter__(self) -> "CudaMemoryMeter":
+        torch.cuda.synchronize()
+        self._baseline = torch.cuda.memory_allocated()
+        self._positions: list[tuple[int, float]] = []
+        self._peaks: dict[tuple[int, str], tuple[int, int]] = {}
+        self._first: tuple[int, int] | None = None
+        self._kernels: set[str] = set()
+        self._kernel_profile: Any = None
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=2_000_000)
+        self._origin = self._count()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.cuda.synchronize()
+        self._close_phase()
+        self._snapshot = torch.cuda.memory._snapshot()
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+    @staticmethod
+    def _count() -> int:
+        stats = torch.cuda.memory_stats()
+        return int(stats["allocation.all.allocated"] + stats["allocation.all.freed"])
+
+    def _close_phase(self) -> None:
+        """Read the peaks of the phase that ends and start those of the next."""
+        if self._steps:
+            key = self._steps[-1]
+            now = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+            held = self._peaks.get(key, (0, 0))
+            self._peaks[key] = (max(held[0], now[0]), max(held[1], now[1]))
+        torch.cuda.reset_peak_memory_stats()
+
+    def _note_position(self, index: int, step: int, phase: str) -> None:
+        self._close_phase()
+        self._positions.append((self._count() - self._origin, time.time()))
+        if step == 1 and phase == "forward":
+            self._kernel_profile = profile(activities=[ProfilerActivity.CPU])
+            self._kernel_profile.__enter__()
+        elif self._kernel_profile is not None:
+            self._kernel_profile.__exit__(None, None, None)
+            names = (event.key for event in self._kernel_profile.key_averages())
+            self._kernels |= {n.removeprefix("aten::") for n in names if n.startswith("aten::_scaled_dot_product")}
+            self._kernel_profile = None
+
+    def read(self) -> MemoryReading:
+        """Turn the allocator's history into a log."""
+        history = self._snapshot["device_traces"][torch.cuda.current_device()]
+        events = []
+        for entry in history:
+            if entry["action"] in ("alloc", "free_requested"):
+                sign = 1 if entry["action"] == "alloc" else -1
+                scope = any(frame["name"] in _SCOPE_FUNCTIONS for frame in entry.get("frames", ()))
+                events.append(Event(entry["time_us"] / 1e6, entry["addr"], sign * entry["size"], scope))
+        marks = [
+            Mark(min(position, len(events)), when, *self._steps[index])
+            for index, (position, when) in enumerate(self._positions)
+        ]
+        return MemoryReading(
+            Log(events, marks, self._tags),
+            peaks=self._peaks,
+            baseline=self._baseline,
+            kernels=_forward_only(self._kernels),
+            source="CUDA caching allocator: peak counters and memory history",
+        )
+
+
+def _forward_only(kernels: set[str]) -> tuple[str, ...]:
+    return tuple(sorted(name for name in kernels if not name.endswith("backward")))
+
+
+def memory_meter(device: str) -> MemoryMeter:
+    """Return the memory meter of a device."""
+    return CudaMemoryMeter() if device == "cuda" else CpuMemoryMeter()

@@ -1,0 +1,98 @@
+"""Build what a configuration names: a model, its data and its objective."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_dp.clipping.batch import Batch, LossFn
+from dit_dp.data import ImageSet, digits, synthetic
+from dit_dp.errors import UsageError
+from dit_dp.objectives import DDPMObjective
+
+_SYNTHETIC_IMAGES = 64
+
+
+def build_model(resolved: dict[str, Any]) -> nn.Module:
+    """Build the model of a resolved configuration on the CPU, in training mode."""
+    if resolved["pretrained"]:
+        from dit_dp.models import DiTHuggingFaceWrapper
+
+        wrapper = DiTHuggingFaceWrapper(
+            model_name=resolved["model"],
+            img_size=resolved["image_size"],
+            patch_size=resolved["patch_size"],
+            in_channels=resolved["in_channels"],
+            num_classes=resolved["num_classes"],
+            pretrained=True,
+        )
+        return wrapper.train()
+    from dit_dp.models.dit import DiT
+
+    return DiT(
+        input_size=resolved["latent_size"],
+        patch_size=resolved["patch_size"],
+        in_channels=resolved["in_channels"],
+        hidden_size=resolved["hidden_size"],
+        depth=resolved["depth"],
+        num_heads=resolved["num_heads"],
+        class_dropout_prob=resolved["class_dropout_prob"],
+        num_classes=resolved["num_classes"],
+        learn_sigma=resolved["learn_sigma"],
+        activation_checkpointing=resolved["activation_checkpointing"],
+    ).train()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images on the CPU, and how a batch is made of them."""
+
+    images: ImageSet
+    objective: DDPMObjective
+    device: str
+    generator: torch.Generator
+    device_generator: torch.Generator
+
+    def batch(self, size: int) -> dict[str, Tensor]:
+        """Draw a batch with all of its randomness, on the device."""
+        x, labels = self.images.rows(size, self.generator)
+        return self.objective.draw(x.to(self.device), labels.to(self.device), self.device_generator)
+
+
+def build_data(resolved: dict[str, Any]) -> Data:
+    """Build data and objective of a resolved configuration."""
+    if resolved["data"] == "digits":
+        images = digits(size=resolved["latent_size"])
+        if images.num_classes > resolved["num_classes"]:
+            raise UsageError.for_value("num_classes", resolved["num_classes"], f">= {images.num_classes} for digits")
+    else:
+        images = synthetic(
+            size=resolved["latent_size"],
+            channels=resolved["in_channels"],
+            num_classes=resolved["num_classes"],
+            count=min(_SYNTHETIC_IMAGES, 4 * resolved["batch_size"]),
+            seed=resolved["seed"],
+        )
+    device = resolved["device"]
+    return Data(
+        images=images,
+        objective=DDPMObjective(
+            learn_sigma=resolved["learn_sigma"], class_dropout_prob=resolved["class_dropout_prob"]
+        ),
+        device=device,
+        generator=torch.Generator().manual_seed(resolved["seed"]),
+        device_generator=torch.Generator(device=device).manual_seed(resolved["seed"]),
+    )
+
+
+def loss_function(data: Data, dtype: str) -> LossFn:
+    """Return the objective, under bf16 autocast if asked for."""
+    if dtype == "float32":
+        return data.objective
+
+    def lowered(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast(data.device, dtype=torch.bfloat16):
+            return data.objective(model, batch)
+
+    return lowered

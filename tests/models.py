@@ -1,0 +1,142 @@
+"""Small models of every layer kind, each with a batch and a per-example loss, for oracles and properties."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_dp.clipping.batch import Batch
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, N examples for it, and their loss."""
+
+    model: nn.Module
+    batch: Batch
+    loss_fn: Callable[[nn.Module, Batch], Tensor]
+
+
+class Tokens(nn.Module):
+    """Linears over one, two and three leading dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(6, 24)
+        self.narrow = nn.Linear(24, 2, bias=False)
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.narrow(F.gelu(self.wide(x))).mean(1))
+
+
+class Convs(nn.Module):
+    """Patch embedding, general convolution, groups, GroupNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 2, stride=2)
+        self.conv = nn.Conv2d(8, 8, 3, padding="same", dilation=2, bias=False)
+        self.norm = nn.GroupNorm(2, 8)
+        self.grouped = nn.Conv2d(8, 4, 3, padding=1, stride=2, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grouped(F.silu(self.norm(self.conv(self.patch(x))))).flatten(1)
+
+
+class Words(nn.Module):
+    """Embeddings by word and by example, LayerNorm and RMSNorm with affine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 6)
+        self.label = nn.Embedding(5, 6)
+        self.norm = nn.LayerNorm(6)
+        self.rms = nn.RMSNorm(6)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, words: Tensor, label: Tensor) -> Tensor:
+        hidden = self.norm(self.words(words)) + self.label(label)[:, None]
+        return self.out(self.rms(hidden)).sum(1)
+
+
+class Padded(nn.Module):
+    """An embedding whose padding row takes no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 6, padding_idx=0)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.out(self.words(words)).sum(1)
+
+
+class Reused(nn.Module):
+    """One layer called three times with different numbers of positions; a linear tied to an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 6)
+        self.shared = nn.Linear(6, 6)
+        self.logits = nn.Linear(6, 7, bias=False)
+        self.logits.weight = self.words.weight
+
+    def forward(self, words: Tensor, label: Tensor) -> Tensor:
+        hidden = self.words(words)
+        hidden = hidden + torch.tanh(self.shared(hidden))
+        pooled = self.shared(self.shared(hidden).mean(1))
+        return self.logits(pooled) * (1 + label[:, None])
+
+
+class Frozen(nn.Module):
+    """A frozen layer, a layer with only its bias training, and a layer the output does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.middle = nn.Linear(8, 8).requires_grad_(False)
+        self.bias_only = nn.Linear(8, 4)
+        self.bias_only.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias_only(torch.relu(self.middle(self.first(x)))).flatten(1)
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    assert not isinstance(batch, dict)
+    *inputs, target = batch
+    return (model(*inputs) - target).square().mean(1)
+
+
+def make_case(kind: str, num_examples: int = 4, seed: int = 0) -> Case:
+    """Build a case of one of `KINDS` in float32."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    n = num_examples
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    words = torch.randint(0, 7, (n, 5), generator=generator)
+    label = torch.randint(0, 5, (n,), generator=generator)
+    scale = torch.logspace(-1, 1.5, n).view(-1, 1) if n else torch.zeros(0, 1)
+    cases: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
+        "tokens": lambda: (Tokens(), (normal(n, 5, 6), scale * normal(n, 3))),
+        "vectors": lambda: (
+            nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
+            (normal(n, 6), normal(n, 3)),
+        ),
+        "convs": lambda: (Convs(), (normal(n, 3, 8, 8), scale * normal(n, 16))),
+        "words": lambda: (Words(), (words, label, scale * normal(n, 3))),
+        "padded": lambda: (Padded(), (words, scale * normal(n, 3))),
+        "reused": lambda: (Reused(), (words, label, scale * normal(n, 7))),
+        "frozen": lambda: (Frozen(), (normal(n, 3, 6), scale * normal(n, 12))),
+    }
+    model, batch = cases[kind]()
+    return Case(model, batch, _loss)
+
+
+KINDS = ("tokens", "vectors", "convs", "words", "padded", "reused", "frozen")
