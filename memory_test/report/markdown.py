@@ -27,9 +27,7 @@ SPREAD_NOTE = (
     "Examples/s: median over all timed steps ± half the interquartile range. "
     "× vanilla: ratio to ordinary training of the same group and batch size."
 )
-NO_VANILLA = (
-    "Without a vanilla record of the same batch size there is nothing to compare with: no ratio is given."
-)
+NO_VANILLA = "Without a vanilla record of the same batch size there is nothing to compare with: no ratio is given."
 _SPOKEN = {
     "vanilla": "ordinary training",
     "ghost": "ghost clipping",

@@ -110,9 +110,7 @@ def _dark_rules() -> str:
 DARK_RULES = _dark_rules()
 """CSS that turns a figure's neutral colours over, to go into a dark media query."""
 
-FONT_RULES = (
-    'svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif!important}'
-)
+FONT_RULES = 'svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif!important}'
 
 
 def method_color(experiment: str) -> str:

@@ -35,9 +35,7 @@ def cells_at(rows: pd.DataFrame, batch_size: int) -> pd.DataFrame:
 def size_unit(values: Iterable[Any]) -> tuple[int, str]:
     """Return the unit that suits the largest of some byte counts."""
     largest = max((float(value) for value in values if not pd.isna(value)), default=0.0)
-    return next(
-        ((size, name) for size, name in ((GIB, "GiB"), (MIB, "MiB")) if largest >= size), (KIB, "KiB")
-    )
+    return next(((size, name) for size, name in ((GIB, "GiB"), (MIB, "MiB")) if largest >= size), (KIB, "KiB"))
 
 
 def duration_unit(longest: float) -> tuple[float, str]:

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from factories import grid, record, write_folder
 from nbclient import NotebookClient
+
+from tests.factories import grid, record, write_folder
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "explore_results.ipynb"
@@ -38,6 +39,4 @@ def test_the_first_folder_below_results_is_the_default(notebook, tmp_path, monke
     monkeypatch.delenv("RESULTS", raising=False)
     write_folder(tmp_path / "results" / "machine", [record("vanilla"), record("ghost"), record("ghost", 8)])
     outputs = run(notebook, tmp_path)
-    assert any(
-        "Records: 3; groups: 1" in output.get("data", {}).get("text/markdown", "") for output in outputs
-    )
+    assert any("Records: 3; groups: 1" in output.get("data", {}).get("text/markdown", "") for output in outputs)

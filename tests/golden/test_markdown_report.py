@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from factories import grid, record, write_folder
 
 from memory_test.report.frames import load_frame, summarise
 from memory_test.report.markdown import key_finding, markdown_report, terminal_table
+from tests.factories import grid, record, write_folder
 
 FOLDER = Path(__file__).parent
 
@@ -48,8 +48,7 @@ def test_terminal_table(frame, request):
         ),
         (
             [record(method, source="predicted") for method in ("vanilla", "ghost")],
-            "Ghost clipping is predicted to take 1.05× the memory and 1.62× the time of ordinary training at "
-            "batch 4.",
+            "Ghost clipping is predicted to take 1.05× the memory and 1.62× the time of ordinary training at batch 4.",
         ),
         ([record("ghost", status="oom")], "No cell finished (1 × oom), so there is nothing to compare."),
     ],

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import matplotlib as mpl
 import pytest
-from factories import METHODS, grid, record, write_folder
 
 from memory_test.core.schema import BREAKDOWN, Timeline
 from memory_test.report import figures, frames, palette
 from memory_test.report.panels import spread_out, thin
 from memory_test.report.plates import plates, ranges
+from tests.factories import METHODS, grid, record, write_folder
 
 
 def group_of(tmp_path, records):
@@ -71,12 +71,7 @@ def test_the_out_of_memory_edge_is_marked(rows):
 
 
 def test_predictions_are_never_drawn_as_measured(tmp_path):
-    records = [
-        record(m, b, source=s)
-        for m in ("vanilla", "ghost")
-        for b in (1, 4)
-        for s in ("measured", "predicted")
-    ]
+    records = [record(m, b, source=s) for m in ("vanilla", "ghost") for b in (1, 4) for s in ("measured", "predicted")]
     rows = group_of(tmp_path, records).rows
     for figure in (figures.peak_by_method(rows, 4), figures.throughput(rows, 4), figures.overhead(rows, 4)):
         assert any(bar.get_hatch() == "////" for bar in figure.axes[0].patches)
@@ -89,9 +84,7 @@ def test_predictions_are_never_drawn_as_measured(tmp_path):
 
 def test_the_front_holds_private_cells_that_nothing_beats(rows):
     good = rows[rows["status"] == "ok"]
-    points = good.assign(
-        x=good["peak_allocated_bytes"].astype(float), y=good["step_time_s"] / good["batch_size"]
-    )
+    points = good.assign(x=good["peak_allocated_bytes"].astype(float), y=good["step_time_s"] / good["batch_size"])
     front = figures.pareto_front(points)
     private = points[points["experiment"] != "vanilla"]
     assert "vanilla" not in set(front["experiment"])

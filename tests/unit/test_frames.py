@@ -1,10 +1,10 @@
 from dataclasses import replace
 
 import pytest
-from factories import environment, grid, record, write_folder
 
 from dit_dp.errors import UsageError
 from memory_test.report import frames
+from tests.factories import environment, grid, record, write_folder
 
 
 def load(tmp_path, records):
@@ -56,14 +56,10 @@ def test_a_dirty_tree_alone_is_not_another_environment(tmp_path):
 
 
 def test_overheads_are_ratios_to_vanilla_of_the_same_group_and_batch(tmp_path):
-    records = [
-        record(m, b, dtype=d) for m in ("vanilla", "ghost") for b in (1, 4) for d in ("float32", "bf16")
-    ]
+    records = [record(m, b, dtype=d) for m in ("vanilla", "ghost") for b in (1, 4) for d in ("float32", "bf16")]
     records[0] = record("vanilla", 1, dtype="float32", scale=2.0)
     rows = frames.summarise(load(tmp_path, records))
-    cell = rows[
-        (rows["experiment"] == "ghost") & (rows["batch_size"] == 1) & (rows["dtype"] == "float32")
-    ].iloc[0]
+    cell = rows[(rows["experiment"] == "ghost") & (rows["batch_size"] == 1) & (rows["dtype"] == "float32")].iloc[0]
     assert cell["time_ratio"] == pytest.approx(1.62 / 2)
     vanilla = rows[rows["experiment"] == "vanilla"]
     assert (vanilla["memory_ratio"] == 1).all()
@@ -123,9 +119,7 @@ def test_a_dead_worker_without_environment_stays_in_its_group(tmp_path):
 
 
 def test_a_cell_that_could_not_be_resolved_is_listed(tmp_path):
-    lost = replace(
-        record("opacus", status="error"), config_resolved={}, config_requested={"model": "DiT-XL/2"}
-    )
+    lost = replace(record("opacus", status="error"), config_resolved={}, config_requested={"model": "DiT-XL/2"})
     frame = load(tmp_path / "a", [record("vanilla"), record("ghost"), lost])
     assert frame["batch_size"].tolist().count(1) == 1
     assert len(frames.groups(frame)) == 2

@@ -5,11 +5,11 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from factories import environment, grid, record, write_folder
 
 from dit_dp.errors import UsageError
 from memory_test.core import store
 from memory_test.report.report import write_report
+from tests.factories import environment, grid, record, write_folder
 
 VOID = {"meta", "br", "img", "hr", "link", "input"}
 
