@@ -210,7 +210,7 @@ def pareto(rows: pd.DataFrame) -> Figure:
     axes.set_ylim(0, 1.08 * max([*points["y"], 1e-9]))
     axes.set_xlabel(f"peak memory ({unit})")
     axes.set_ylabel(f"time per example ({time_unit})")
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     right_labels(axes, ends)
     return figure
 
