@@ -44,7 +44,7 @@ class SweepArgs:
     """Measure every cell of a sweep file; finished cells are kept and skipped."""
 
     file: tyro.conf.Positional[Path]
-    """YAML file with base and grid."""
+    """YAML file with base and grid, or the name of a shipped one: demo, cpu_small, h100_core."""
     output_dir: Path
     """Folder of the records, one file a cell."""
     on_mismatch: Annotated[str, tyro.conf.arg(metavar="{refuse,rerun}")] = "refuse"
@@ -125,12 +125,12 @@ def _run(args: RunArgs) -> int:
 
 def _sweep(args: SweepArgs) -> int:
     from memory_test.sweep import sweep as sweeps
-    from memory_test.sweep.grid import load_sweep
+    from memory_test.sweep.grid import find_sweep, load_sweep
     from memory_test.sweep.progress import run_with_progress
 
     if args.on_mismatch not in ("refuse", "rerun"):
         raise UsageError.for_value("on_mismatch", args.on_mismatch, ("refuse", "rerun"))
-    plan = sweeps.prepare(load_sweep(args.file), args.output_dir, args.on_mismatch, args.retry_failed)  # type: ignore[arg-type]
+    plan = sweeps.prepare(load_sweep(find_sweep(args.file)), args.output_dir, args.on_mismatch, args.retry_failed)  # type: ignore[arg-type]
     records = run_with_progress(plan, sys.stderr)
     if args.report:
         _report(ReportArgs(folder=args.output_dir))
@@ -178,7 +178,7 @@ def parse(kind: type[T], argv: Sequence[str] | None, prog: str | None = None) ->
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(kind, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+            return tyro.cli(kind, args=argv, prog=prog or Path(sys.argv[0]).name, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as error:
         if error.code in (0, None):
             raise
@@ -186,12 +186,16 @@ def parse(kind: type[T], argv: Sequence[str] | None, prog: str | None = None) ->
 
 
 def _flatten(box: str) -> str:
-    """Return the text of a tyro error box as one line."""
+    """Return the text of a tyro error box as one line: field, value, what is accepted."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    text = re.sub(r"^\s*╭─+\s*(.*?)\s*─*╮", r"\1:", text, flags=re.MULTILINE)
-    lines = (re.sub(r"[╭╮╰╯│─┌┐└┘]+", " ", line).strip() for line in text.splitlines())
-    joined = " ".join(line for line in lines if line)
-    return re.sub(r"\s+", " ", joined.split("For full helptext")[0]).strip()
+    lines = (re.sub(r"[╭╮╰╯│─]+", " ", line).strip() for line in text.splitlines())
+    joined = re.sub(r"\s+", " ", " ".join(line for line in lines if line)).strip()
+    joined = joined.split(" For full helptext")[0]
+    joined = re.sub(r"^(Value error )?(Error parsing config: )?", "", joined)
+    joined = re.sub(r"^(Parsing error |Invalid choice (?=invalid)|Missing argument (?=Missing))", "", joined)
+    joined = re.sub(r"^Unrecognized options (?=Unrecognized options:)", "", joined)
+    joined = re.sub(r"^Required options Missing from \S+( \S+)?:", "missing:", joined)
+    return re.sub(r" Argument helptext: --\S+ (\S+) .*", r"; accepted: \1", joined)
 
 
 def _default_output(config: ExperimentConfig) -> Path:

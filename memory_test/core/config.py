@@ -2,7 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from dit_dp import validate
 from dit_dp.clipping.registry import METHODS
@@ -19,8 +21,8 @@ class ExperimentConfig:
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012
 
-    experiment: str
-    """Method to measure, a key of dit_dp.clipping.METHODS."""
+    experiment: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(METHODS) + "}")]
+    """Method to measure."""
     model: str = "DiT-XL/2"
     """DiT-{S,B,L,XL}/{2,4,8}; with --pretrained a hub name or a local folder."""
     pretrained: bool = False
@@ -152,13 +154,13 @@ class ExperimentConfig:
                 f"{self.experiment} multiplies bf16 gradients by float32 weights; methods that run in bf16: {accepted}",
             )
         if self.activation_checkpointing and not METHODS[self.experiment].supports_checkpointing:
-            accepted = [name for name, method in METHODS.items() if method.supports_checkpointing]
+            accepted = ", ".join(name for name, method in METHODS.items() if method.supports_checkpointing)
             raise UsageError.for_value(
                 "activation_checkpointing",
                 True,
                 "False",
                 f"{self.experiment} keeps layer inputs by forward hooks, which run twice under it; "
-                f"methods that support it: {', '.join(accepted)}",
+                f"methods that support it: {accepted}",
             )
 
     @property
@@ -209,7 +211,7 @@ class ExperimentConfig:
         if not self.pretrained:
             resolved["model"] = f"{parse_model_name(self.model)[0]}/{patch}"
             for name in ("hidden_size", "depth", "num_heads"):
-                resolved[name] = self.resolved_size(name)  # type: ignore[arg-type]
+                resolved[name] = self.resolved_size(name)
         if self.optimizer_impl == "auto":
             resolved["optimizer_impl"] = "foreach" if device == "cuda" else "for-loop"
         return resolved

@@ -40,8 +40,8 @@ def measure(resolved: dict[str, Any], on_progress: Callable[[str], None]) -> Mea
     """
     torch.set_num_threads(resolved["num_threads"])
     warmup, timed = resolved["warmup"], resolved["num_iter"]
-    with Clock(resolved["device"]) as clock:
-        choices = run_loop(resolved, clock, 1 + warmup + timed, lambda phase: on_progress(f"timing: {phase}"))
+    clock = Clock(resolved["device"])
+    choices = run_loop(resolved, clock, 1 + warmup + timed, lambda phase: on_progress(f"timing: {phase}"))
     times = clock.read()
     peak_rss = _peak_rss_bytes()
     _release(resolved["device"])

@@ -6,11 +6,9 @@ A meter is told of every phase's beginning (`mark`) and, in a memory pass, which
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from statistics import median
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,7 +27,7 @@ Holdings = Callable[[], Iterable[tuple[str, Tensor]]]
 """Yields (category, tensor) for everything held now."""
 
 
-class Meter(AbstractContextManager["Meter"], ABC):
+class Meter(ABC):
     """Told where the loop is."""
 
     @abstractmethod
@@ -38,11 +36,6 @@ class Meter(AbstractContextManager["Meter"], ABC):
 
     def hold(self, holdings: Holdings) -> None:
         """Learn how to ask which tensors are held."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
 
 # --- time -----------------------------------------------------------------------------------------------------
@@ -140,6 +133,14 @@ class MemoryMeter(Meter):
         self._steps.append((step, phase))
 
     @abstractmethod
+    def __enter__(self) -> Self:
+        """Begin to watch."""
+
+    @abstractmethod
+    def __exit__(self, *error: Any) -> None:
+        """Stop watching."""
+
+    @abstractmethod
     def _note_position(self, index: int, step: int, phase: str) -> None:
         """Make mark number `index` findable in the log."""
 
@@ -153,13 +154,13 @@ class CpuMemoryMeter(MemoryMeter):
 
     _PREFIX = "memory_test.mark:"
 
-    def __enter__(self) -> "CpuMemoryMeter":
+    def __enter__(self) -> Self:
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._profile.__exit__(*error)
+        self._profile.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def _note_position(self, index: int, step: int, phase: str) -> None:
         with record_function(f"{self._PREFIX}{index}"):
@@ -167,7 +168,8 @@ class CpuMemoryMeter(MemoryMeter):
 
     def read(self) -> MemoryReading:
         """Walk the profiler's event tree once."""
-        assert self._profile.profiler is not None and self._profile.profiler.kineto_results is not None
+        assert self._profile.profiler is not None
+        assert self._profile.profiler.kineto_results is not None
         kernels: set[str] = set()
         found: list[tuple[int, int, Any]] = []  # time (ns), mark number or -1, (address, size, scope)
         stack = [(node, False) for node in self._profile.profiler.kineto_results.experimental_event_tree()]
@@ -175,7 +177,7 @@ class CpuMemoryMeter(MemoryMeter):
             node, scope = stack.pop()
             name = node.name
             if name == "[memory]":
-                extra = node.extra_fields
+                extra: Any = node.extra_fields
                 found.append((node.start_time_ns, -1, (extra.ptr, extra.alloc_size, scope)))
                 continue
             if name.startswith(self._PREFIX):
@@ -206,7 +208,7 @@ class CudaMemoryMeter(MemoryMeter):
     A mark's position in the history is the number of allocations and releases the allocator has counted.
     """
 
-    def __enter__(self) -> "CudaMemoryMeter":
+    def __enter__(self) -> Self:
         torch.cuda.synchronize()
         self._baseline = torch.cuda.memory_allocated()
         self._positions: list[tuple[int, float]] = []

@@ -26,6 +26,15 @@ class Sweep:
     cells: list[ExperimentConfig] = field(default_factory=list)
 
 
+SHIPPED = Path(__file__).resolve().parents[1] / "sweeps"
+
+
+def find_sweep(name: Path) -> Path:
+    """Return a sweep file: a path, or the name of one that is shipped, such as ``demo``."""
+    shipped = SHIPPED / f"{name}.yaml"
+    return shipped if not name.exists() and name.name == str(name) and shipped.exists() else name
+
+
 def load_sweep(path: Path) -> Sweep:
     """Read a sweep file.
 
@@ -71,7 +80,8 @@ def make_cell(path: Path, values: dict[str, Any]) -> ExperimentConfig:
         _check_type(f"{path}: {name}", name, value)
     if "experiment" not in values:
         raise UsageError.for_value(f"{path}: experiment", None, "a method", "put it into base or grid")
-    return ExperimentConfig(**{n: float(v) if n in _FLOATS and isinstance(v, int) else v for n, v in values.items()})
+    typed: dict[str, Any] = {n: float(v) if n in _FLOATS and isinstance(v, int) else v for n, v in values.items()}
+    return ExperimentConfig(**typed)
 
 
 def _check_type(where: str, name: str, value: Any) -> None:

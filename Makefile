@@ -1,0 +1,45 @@
+# Two commands: `make demo` measures every method on this machine, `make test` runs what CI runs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= memory_test/sweeps/demo.yaml
+DEMO_DIR ?= results/runs/demo
+
+.PHONY: demo test test-full lint reference clean
+
+demo: $(VENV)/.installed
+	$(BIN)/memory-test sweep $(DEMO) --output-dir $(DEMO_DIR) --on-mismatch rerun --report
+
+test: $(VENV)/.installed-test lint
+	$(BIN)/python -m pytest -m "not gpu and not full"
+
+# Every stated count instead of a seeded sample of them.
+test-full: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The committed CPU records: about 20 minutes on 2 cores that do nothing else.
+reference: $(VENV)/.installed
+	mkdir -p results/cpu
+	$(BIN)/memory-test sweep memory_test/sweeps/cpu_small.yaml --output-dir results/cpu --report
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.11 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python setup.cfg pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
