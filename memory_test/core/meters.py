@@ -51,7 +51,7 @@ class Clock(Meter):
     def mark(self, step: int, phase: str) -> None:
         """Note the time."""
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self._marks.append((step, phase, event))
         else:
@@ -156,7 +156,7 @@ class CpuMemoryMeter(MemoryMeter):
 
     def __enter__(self) -> Self:
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self._profile.__enter__()
+        self._profile.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
