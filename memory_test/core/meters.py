@@ -30,12 +30,15 @@ Holdings = Callable[[], Iterable[tuple[str, Tensor]]]
 class Meter(ABC):
     """Told where the loop is."""
 
+    _holdings: Holdings | None = None
+
     @abstractmethod
     def mark(self, step: int, phase: str) -> None:
         """Note that `phase` of step number `step` (0: before the first) begins now."""
 
     def hold(self, holdings: Holdings) -> None:
-        """Learn how to ask which tensors are held."""
+        """Learn how to ask which tensors are held; asked in memory passes only."""
+        self._holdings = holdings
 
 
 # --- time -----------------------------------------------------------------------------------------------------
@@ -116,11 +119,6 @@ class MemoryMeter(Meter):
     def __init__(self) -> None:
         self._steps: list[tuple[int, str]] = []
         self._tags: list[Tag] = []
-        self._holdings: Holdings | None = None
-
-    def hold(self, holdings: Holdings) -> None:
-        """Ask `holdings` at every mark from now on."""
-        self._holdings = holdings
 
     def mark(self, step: int, phase: str) -> None:
         """Note the position in the log and who holds what."""
