@@ -33,6 +33,8 @@ def test_patch_size_given_replaces_the_names() -> None:
 def test_sizes_come_from_the_name_unless_given() -> None:
     resolved = resolve(model="DiT-B/4", depth=3)
     assert (resolved["depth"], resolved["hidden_size"], resolved["num_heads"]) == (3, 768, 12)
+    assert resolved["model"] == "DiT-B/4 (depth 3)"
+    assert resolve(model="DiT-B/4", depth=12)["model"] == "DiT-B/4"
 
 
 def test_the_baseline_has_no_noise() -> None:
