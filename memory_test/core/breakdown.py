@@ -179,13 +179,14 @@ def _by_life(log: Log, allocation: Allocation) -> str:
     index = bisect_right([mark.position for mark in log.marks], allocation.born) - 1
     if index < 0:
         return "other"
-    phase = log.marks[index].phase
-    if phase in ("noise", "input"):
-        return phase
-    if phase == "forward":
+    born_in = log.marks[index]
+    if born_in.phase in ("noise", "input"):
+        return born_in.phase
+    if born_in.phase == "forward" and allocation.died is not None:
         end = log.marks[index + 1].position if index + 1 < len(log.marks) else len(log.events)
-        if allocation.died is None or allocation.died >= end:
-            return "saved_activations"
+        died_in = log.marks[bisect_right([mark.position for mark in log.marks], allocation.died) - 1]
+        if allocation.died >= end and died_in.step == born_in.step:
+            return "saved_activations"  # what outlives its step is a library's workspace, not an activation
     return "other"
 
 

@@ -182,6 +182,7 @@ def _release(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 

@@ -30,15 +30,13 @@ Holdings = Callable[[], Iterable[tuple[str, Tensor]]]
 class Meter(ABC):
     """Told where the loop is."""
 
-    _holdings: Holdings | None = None
-
     @abstractmethod
     def mark(self, step: int, phase: str) -> None:
         """Note that `phase` of step number `step` (0: before the first) begins now."""
 
+    @abstractmethod
     def hold(self, holdings: Holdings) -> None:
-        """Learn how to ask which tensors are held; asked in memory passes only."""
-        self._holdings = holdings
+        """Learn how to ask which tensors are held."""
 
 
 # --- time -----------------------------------------------------------------------------------------------------
@@ -59,6 +57,9 @@ class Clock(Meter):
             self._marks.append((step, phase, event))
         else:
             self._marks.append((step, phase, time.perf_counter()))
+
+    def hold(self, holdings: Holdings) -> None:
+        """Keep nothing: what `holdings` reaches must be gone when the memory pass begins."""
 
     def read(self) -> "Times":
         """Return what was timed."""
@@ -119,6 +120,11 @@ class MemoryMeter(Meter):
     def __init__(self) -> None:
         self._steps: list[tuple[int, str]] = []
         self._tags: list[Tag] = []
+        self._holdings: Holdings | None = None
+
+    def hold(self, holdings: Holdings) -> None:
+        """Ask `holdings` at every mark from now on."""
+        self._holdings = holdings
 
     def mark(self, step: int, phase: str) -> None:
         """Note the position in the log and who holds what."""

@@ -88,6 +88,11 @@ def test_noise_and_temporaries() -> None:
     assert breakdown(log, in_forward, 0)["other"] == 7
 
 
+def test_what_outlives_its_step_is_no_activation() -> None:
+    log = make_log([("forward", 0, 0), ("", 1, 8), ("backward", 0, 0), ("idle", 0, 0)])
+    assert breakdown(log, 0, 8)["other"] == 8
+
+
 def test_phase_peaks_count_what_was_held_at_their_start() -> None:
     log = make_log(STEP)
     assert peak_within(running_total(log.events), span(log, [1], "optimizer"))[0] == 100 + 10 + 30 + 3
