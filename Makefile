@@ -9,6 +9,7 @@ DEMO_DIR ?= results/runs/demo
 .PHONY: demo test test-full lint reference clean
 
 demo: $(VENV)/.installed
+	@mkdir -p $(dir $(DEMO_DIR))
 	$(BIN)/memory-test sweep $(DEMO) --output-dir $(DEMO_DIR) --on-mismatch rerun --report
 
 test: $(VENV)/.installed-test lint

@@ -21,8 +21,8 @@ def integer(name: str, value: object, minimum: int = 1, fix: str | None = None) 
 
 def real(name: str, value: object, *, positive: bool, fix: str | None = None) -> None:
     """Raise `UsageError` unless `value` is a finite number, > 0 if `positive` else >= 0."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0 or (positive and value == 0):
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
         if isinstance(value, str) and fix is None:
             fix = "it was read as text: in YAML write 1.0e-4, not 1e-4"
         raise UsageError.for_value(name, value, f"a finite number {'> 0' if positive else '>= 0'}", fix)

@@ -220,7 +220,7 @@ class Conv2dRule(Rule):
     def compute(self, module: nn.Conv2d, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return the convolution."""
         assert weight is not None
-        return F.conv2d(x, weight, bias, module.stride, self._padding(module), module.dilation, module.groups)  # type: ignore[arg-type]
+        return F.conv2d(x, weight, bias, module.stride, self._padding(module), module.dilation, module.groups)
 
     def _backward(
         self, module: nn.Conv2d, x: Tensor, weight: Tensor, g: Tensor, mask: list[bool]
@@ -252,10 +252,10 @@ class Conv2dRule(Rule):
         if module.weight.requires_grad:
             a = F.unfold(
                 x,
-                module.kernel_size,  # type: ignore[arg-type]
-                dilation=module.dilation,  # type: ignore[arg-type]
+                module.kernel_size,
+                dilation=module.dilation,
                 padding=self._padding(module),
-                stride=module.stride,  # type: ignore[arg-type]
+                stride=module.stride,
             )  # (N, d k k, L)
             if module.groups == 1:
                 weight = Outer(a.transpose(1, 2), flat.transpose(1, 2))
@@ -327,9 +327,9 @@ class ScaleRule(Rule):
     def prepare(self, module: Any, x: Tensor) -> Tensor:
         """Normalise without scale and shift."""
         if isinstance(module, nn.LayerNorm):
-            return F.layer_norm(x, module.normalized_shape, eps=module.eps)  # type: ignore[arg-type]
+            return F.layer_norm(x, module.normalized_shape, eps=module.eps)
         if isinstance(module, nn.RMSNorm):
-            return F.rms_norm(x, module.normalized_shape, eps=module.eps)  # type: ignore[arg-type]
+            return F.rms_norm(x, module.normalized_shape, eps=module.eps)
         assert isinstance(module, nn.GroupNorm)
         return F.group_norm(x, module.num_groups, eps=module.eps)
 

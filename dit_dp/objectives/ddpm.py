@@ -58,8 +58,12 @@ class DDPMObjective:
         t = torch.randint(0, self.num_steps, (rows,), generator=generator, device=device)
         noise = torch.empty_like(x0).normal_(generator=generator)
         drop = torch.rand(rows, generator=generator, device=device) < self.class_dropout_prob
-        x_t = self._at("signal", t, x0) * x0 + self._at("noise", t, x0) * noise
+        x_t = self.diffuse(x0, noise, t)
         return {"x0": x0, "noise": noise, "x_t": x_t, "t": t, "y": labels, "drop_labels": drop}
+
+    def diffuse(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return x_t, (N, C, H, W): the forward process at steps t, (N,)."""
+        return self._at("signal", t, x0) * x0 + self._at("noise", t, x0) * noise
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the per-example losses.

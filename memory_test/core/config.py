@@ -180,6 +180,20 @@ class ExperimentConfig:
         """Patch size asked for, else the model name's, else 2."""
         return self.patch_size or (None if self.pretrained else parse_model_name(self.model)[1]) or 2
 
+    @property
+    def model_label(self) -> str:
+        """The model's name with its patch size, and what differs from the named sizes: ``DiT-S/2 (depth 4)``."""
+        if self.pretrained:
+            return self.model
+        named = MODELS[parse_model_name(self.model)[0]]
+        changes = [
+            f"{word} {getattr(self, name)}"
+            for name, word in (("hidden_size", "width"), ("depth", "depth"), ("num_heads", "heads"))
+            if getattr(self, name) not in (None, getattr(named, name))
+        ]
+        label = f"{parse_model_name(self.model)[0]}/{self.resolved_patch_size}"
+        return f"{label} ({', '.join(changes)})" if changes else label
+
     def resolved_size(self, name: Literal["hidden_size", "depth", "num_heads"]) -> int:
         """Width, depth or number of heads: asked for, else the named model's."""
         asked: int | None = getattr(self, name)
@@ -209,7 +223,7 @@ class ExperimentConfig:
             noise_multiplier=self.noise_multiplier if METHODS[self.experiment].private else 0.0,
         )
         if not self.pretrained:
-            resolved["model"] = f"{parse_model_name(self.model)[0]}/{patch}"
+            resolved["model"] = self.model_label
             for name in ("hidden_size", "depth", "num_heads"):
                 resolved[name] = self.resolved_size(name)
         if self.optimizer_impl == "auto":

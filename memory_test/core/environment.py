@@ -41,7 +41,7 @@ def capture(device: str) -> Environment:
             device_memory_bytes=properties.total_memory,
             driver_version=_driver_version(),
             cuda_version=torch.version.cuda,
-            cudnn_version=str(torch.backends.cudnn.version()),
+            cudnn_version=str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
             allocator=_cuda_allocator(),
             **common,  # type: ignore[arg-type]
         )

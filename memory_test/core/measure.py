@@ -85,6 +85,7 @@ def run_loop(
     meter.hold(lambda: _holdings(model, engine, optimizer, batch))
     for step in range(1, num_steps + 1):  # noqa: B007  (announce reads it)
         announce("input")
+        batch = {}  # the last one goes before the next comes
         batch = data.batch(resolved["batch_size"])
         train_step(
             engine,

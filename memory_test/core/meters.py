@@ -30,12 +30,15 @@ Holdings = Callable[[], Iterable[tuple[str, Tensor]]]
 class Meter(ABC):
     """Told where the loop is."""
 
+    _holdings: Holdings | None = None
+
     @abstractmethod
     def mark(self, step: int, phase: str) -> None:
         """Note that `phase` of step number `step` (0: before the first) begins now."""
 
     def hold(self, holdings: Holdings) -> None:
-        """Learn how to ask which tensors are held."""
+        """Learn how to ask which tensors are held; asked in memory passes only."""
+        self._holdings = holdings
 
 
 # --- time -----------------------------------------------------------------------------------------------------
@@ -51,7 +54,7 @@ class Clock(Meter):
     def mark(self, step: int, phase: str) -> None:
         """Note the time."""
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self._marks.append((step, phase, event))
         else:
@@ -116,11 +119,6 @@ class MemoryMeter(Meter):
     def __init__(self) -> None:
         self._steps: list[tuple[int, str]] = []
         self._tags: list[Tag] = []
-        self._holdings: Holdings | None = None
-
-    def hold(self, holdings: Holdings) -> None:
-        """Ask `holdings` at every mark from now on."""
-        self._holdings = holdings
 
     def mark(self, step: int, phase: str) -> None:
         """Note the position in the log and who holds what."""
@@ -156,7 +154,7 @@ class CpuMemoryMeter(MemoryMeter):
 
     def __enter__(self) -> Self:
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self._profile.__enter__()
+        self._profile.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -1,0 +1,80 @@
+"""The guarantee itself, on random models, batches and thresholds."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dit_dp.clipping import METHODS, attach
+from dit_dp.clipping.batch import clip_factors
+from tests.models import KINDS, Case, make_case
+
+OURS = [name for name, method in METHODS.items() if method.private and not method.peer]
+SLACK = 1e-4
+
+
+def clipped(case: Case, method: str, threshold: float, rows: list[int]) -> Tensor:
+    """Return the clipped sum over some rows as one vector."""
+    engine = attach(case.model, method, max_grad_norm=threshold)
+    engine.accumulate(case.loss_fn, tuple(t[rows] for t in case.batch))  # type: ignore[union-attr]
+    engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
+    total = torch.cat([p.grad.flatten() for p in engine.parameters.values()])  # type: ignore[union-attr]
+    engine.detach()
+    return total
+
+
+cases = given(
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 10_000),
+    threshold=st.floats(1e-3, 1e3),
+    size=st.integers(1, 5),
+)
+
+
+@pytest.mark.parametrize("method", OURS)
+@settings(max_examples=25, deadline=None)
+@cases
+def test_removing_one_example_moves_the_sum_by_at_most_c(
+    method: str, kind: str, seed: int, threshold: float, size: int
+) -> None:
+    case = make_case(kind, size, seed)
+    everyone = list(range(size))
+    gone = seed % size
+    difference = clipped(case, method, threshold, everyone) - clipped(
+        case, method, threshold, [r for r in everyone if r != gone]
+    )
+    assert float(difference.norm()) <= threshold * (1 + SLACK)
+
+
+@pytest.mark.parametrize("method", OURS)
+@settings(max_examples=15, deadline=None)
+@cases
+def test_order_of_the_batch_does_not_matter(method: str, kind: str, seed: int, threshold: float, size: int) -> None:
+    case = make_case(kind, size, seed)
+    forward, backward = list(range(size)), list(range(size))[::-1]
+    one, other = clipped(case, method, threshold, forward), clipped(case, method, threshold, backward)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * threshold)
+
+
+@pytest.mark.parametrize("method", OURS)
+@settings(max_examples=15, deadline=None)
+@cases
+def test_others_do_not_change_an_examples_contribution(
+    method: str, kind: str, seed: int, threshold: float, size: int
+) -> None:
+    case = make_case(kind, size + 1, seed)
+    alone = clipped(case, method, threshold, [0])
+    with_rest = clipped(case, method, threshold, list(range(size + 1)))
+    rest = clipped(case, method, threshold, list(range(1, size + 1)))
+    torch.testing.assert_close(with_rest - rest, alone, rtol=1e-3, atol=1e-4 * threshold)
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=8), st.floats(1e-6, 1e6))
+def test_factor_times_norm_never_exceeds_c(values: list[float], threshold: float) -> None:
+    norms = torch.tensor(values, dtype=torch.float32).abs()
+    factors = clip_factors(norms, threshold)
+    assert ((factors >= 0) & (factors <= 1)).all()
+    finite = torch.isfinite(norms)
+    assert (factors[~finite] == 0).all()
+    assert ((factors * norms)[finite] <= threshold * (1 + 1e-6)).all()

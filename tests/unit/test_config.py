@@ -1,0 +1,80 @@
+"""A configuration is checked where it is made and resolved before it runs."""
+
+import pytest
+
+from dit_dp.errors import UsageError
+from memory_test.core.config import ExperimentConfig
+
+
+def resolve(**values: object) -> dict[str, object]:
+    config = ExperimentConfig(**{"experiment": "ghost", **values})  # type: ignore[arg-type]
+    return config.resolve(device="cpu", num_threads=2)
+
+
+def test_four_channels_are_latents() -> None:
+    resolved = resolve(image_size=256, in_channels=4)
+    assert (resolved["latent_downsample"], resolved["latent_size"], resolved["num_tokens"]) == (8, 32, 256)
+
+
+def test_three_channels_are_pixels() -> None:
+    resolved = resolve(image_size=256, in_channels=3)
+    assert (resolved["latent_downsample"], resolved["latent_size"], resolved["num_tokens"]) == (1, 256, 16384)
+
+
+def test_latents_can_be_fed_at_full_size() -> None:
+    assert resolve(image_size=256, in_channels=4, latent_downsample=1)["num_tokens"] == 16384
+
+
+def test_patch_size_given_replaces_the_names() -> None:
+    resolved = resolve(model="DiT-XL/2", patch_size=8)
+    assert (resolved["model"], resolved["patch_size"], resolved["num_tokens"]) == ("DiT-XL/8", 8, 16)
+
+
+def test_sizes_come_from_the_name_unless_given() -> None:
+    resolved = resolve(model="DiT-B/4", depth=3)
+    assert (resolved["depth"], resolved["hidden_size"], resolved["num_heads"]) == (3, 768, 12)
+    assert resolved["model"] == "DiT-B/4 (depth 3)"
+    assert resolve(model="DiT-B/4", depth=12)["model"] == "DiT-B/4"
+
+
+def test_the_baseline_has_no_noise() -> None:
+    assert resolve(experiment="vanilla")["noise_multiplier"] == 0.0
+    assert resolve(experiment="ghost")["noise_multiplier"] == 1.0
+
+
+def test_defaults_become_explicit() -> None:
+    resolved = resolve()
+    left = {"memory_limit_gib"}
+    assert [name for name, value in resolved.items() if value is None and name not in left] == []
+    assert resolved["optimizer_impl"] == "for-loop"
+    assert ExperimentConfig(experiment="ghost").resolve(device="cuda", num_threads=1)["optimizer_impl"] == "foreach"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"experiment": "vanila"}, ["experiment", "'vanila'", "vanilla, ghost"]),
+        ({"model": "DiT-M/2"}, ["model", "'DiT-M/2'", "DiT-XL/2"]),
+        ({"in_channels": 1}, ["in_channels", "3 (RGB pixels), 4 (VAE latents)"]),
+        ({"image_size": 250}, ["image_size", "250", "multiple of 8"]),
+        ({"image_size": 264, "patch_size": 2}, ["image_size", "multiple of 16"]),
+        ({"batch_size": 0}, ["batch_size", "0", ">= 1"]),
+        ({"batch_size": True}, ["batch_size"]),
+        ({"learning_rate": "1e-4"}, ["learning_rate", "1.0e-4"]),
+        ({"noise_multiplier": float("nan")}, ["noise_multiplier", "finite"]),
+        ({"max_grad_norm": 0.0}, ["max_grad_norm", "> 0"]),
+        ({"class_dropout_prob": 1.5}, ["class_dropout_prob", "0 to 1"]),
+        ({"data": "digits"}, ["data", "--in-channels 3"]),
+        ({"pretrained": True, "in_channels": 3}, ["in_channels", "4-channel"]),
+        ({"experiment": "opacus", "activation_checkpointing": True}, ["opacus", "vanilla, ghost"]),
+        ({"experiment": "opacus-ew", "dtype": "bf16"}, ["dtype", "float32"]),
+        ({"hidden_size": 100, "num_heads": 16}, ["hidden_size", "multiple of 16"]),
+    ],
+)
+def test_mistakes_name_field_value_and_fix(values: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        ExperimentConfig(**{"experiment": "ghost", **values})  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message

@@ -1,0 +1,292 @@
+"""What every engine refuses, restores and keeps, method by method."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dit_dp.clipping import METHODS, attach
+from dit_dp.clipping.batch import clip_factors
+from dit_dp.clipping.reference import clipped_sum
+from dit_dp.errors import EngineStateError, LossShapeError, UnsupportedModelError, UsageError
+from tests.models import make_case
+
+PRIVATE = [name for name, method in METHODS.items() if method.private]
+ALL = list(METHODS)
+
+
+@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (), (3,)])
+def test_only_one_loss_per_example_is_accepted(method: str, shape: tuple[int, ...]) -> None:
+    case = make_case("vectors")
+    engine = attach(case.model, method)
+
+    def wrong(model: nn.Module, batch: object) -> Tensor:
+        losses = case.loss_fn(model, case.batch)
+        return losses[:3] if shape == (3,) else losses.sum() if shape == () else losses.view(shape)
+
+    with pytest.raises(LossShapeError, match=r"shape \(4,\)"):
+        engine.accumulate(wrong, case.batch)
+
+
+def test_a_column_of_losses_would_have_broken_the_guarantee() -> None:
+    """The trap itself: factors (N,) times losses (N, 1) weigh each example by everybody's factors."""
+    norms = torch.tensor([100.0, 0.01, 0.01, 0.01])
+    weights = (clip_factors(norms, 1.0) * torch.ones(4, 1)).sum(1)
+    assert float(weights[0] * norms[0]) > 300  # contribution of an example whose bound is 1
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_detach_restores_the_model(method: str) -> None:
+    case = make_case("convs")
+    before = copy.deepcopy(case.model)
+    keys = [set(m.__dict__) for m in case.model.modules()]
+    engine = attach(case.model, method)
+    engine.accumulate(case.loss_fn, case.batch)
+    engine.detach()
+    assert [set(m.__dict__) for m in case.model.modules()] == keys
+    for (name, p), q in zip(case.model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        assert p.grad is None
+        assert p.__dict__ == {}, name
+    for module in case.model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._backward_hooks
+    losses = case.loss_fn(case.model, case.batch)
+    losses.sum().backward()
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_steps_out_of_order_are_refused(method: str) -> None:
+    case = make_case("vectors")
+    engine = attach(case.model, method)
+    sigma = 1.0 if METHODS[method].private else 0.0
+    with pytest.raises(EngineStateError, match="nothing was accumulated"):
+        engine.privatize(noise_multiplier=sigma, expected_batch_size=4)
+    engine.accumulate(case.loss_fn, case.batch)
+    engine.privatize(noise_multiplier=sigma, expected_batch_size=4)
+    with pytest.raises(EngineStateError, match="nothing was accumulated"):
+        engine.privatize(noise_multiplier=sigma, expected_batch_size=4)
+    with pytest.raises(EngineStateError, match="was not cleared"):
+        engine.accumulate(case.loss_fn, case.batch)
+    engine.zero_grad()
+    engine.accumulate(case.loss_fn, case.batch)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_gradient_from_outside_is_refused(method: str) -> None:
+    case = make_case("vectors")
+    engine = attach(case.model, method)
+    next(case.model.parameters()).grad = torch.ones(5, 6)
+    with pytest.raises(EngineStateError, match="outside"):
+        engine.accumulate(case.loss_fn, case.batch)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_two_engines_are_refused(method: str) -> None:
+    case = make_case("vectors")
+    attach(case.model, method)
+    with pytest.raises(EngineStateError, match="another engine"):
+        attach(case.model, "ghost")
+
+
+@pytest.mark.parametrize("method", PRIVATE)
+def test_virtual_steps_add_up(method: str) -> None:
+    case = make_case("tokens", num_examples=6)
+    wanted, _ = clipped_sum(case.model, case.loss_fn, case.batch, 0.5)
+    engine = attach(case.model, method, max_grad_norm=0.5)
+    for rows in (slice(0, 2), slice(2, 3), slice(3, 6)):
+        engine.accumulate(case.loss_fn, tuple(t[rows] for t in case.batch))  # type: ignore[union-attr]
+    engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
+    for name, parameter in engine.parameters.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad.double(), wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_vanilla_gives_the_mean_gradient_also_over_virtual_steps() -> None:
+    case = make_case("tokens", num_examples=6)
+    case.loss_fn(case.model, case.batch).mean().backward()
+    wanted = {name: p.grad for name, p in case.model.named_parameters()}
+    case.model.zero_grad()
+    engine = attach(case.model, "vanilla")
+    for rows in (slice(0, 2), slice(2, 3), slice(3, 6)):
+        assert engine.accumulate(case.loss_fn, tuple(t[rows] for t in case.batch)) is None  # type: ignore[union-attr]
+    engine.privatize(noise_multiplier=0.0, expected_batch_size=6)
+    for name, parameter in engine.parameters.items():
+        torch.testing.assert_close(parameter.grad, wanted[name])
+
+
+def test_vanilla_refuses_noise() -> None:
+    case = make_case("vectors")
+    engine = attach(case.model, "vanilla")
+    engine.accumulate(case.loss_fn, case.batch)
+    with pytest.raises(UsageError, match="noise_multiplier"):
+        engine.privatize(noise_multiplier=1.0, expected_batch_size=4)
+
+
+@pytest.mark.parametrize("method", PRIVATE)
+def test_an_empty_batch_releases_noise(method: str) -> None:
+    case = make_case("vectors", num_examples=0)
+    engine = attach(case.model, method, max_grad_norm=2.0)
+    norms = engine.accumulate(case.loss_fn, case.batch)
+    assert norms is not None
+    assert norms.shape == (0,)
+    engine.privatize(noise_multiplier=3.0, expected_batch_size=4, generator=torch.Generator().manual_seed(0))
+    noise = torch.cat([p.grad.flatten() for p in engine.parameters.values() if p.grad is not None])
+    assert noise.numel() == sum(p.numel() for p in engine.parameters.values())
+    assert 0.5 < float(noise.std()) / (3.0 * 2.0 / 4) < 1.5
+
+
+@pytest.mark.parametrize("method", PRIVATE)
+def test_noise_has_the_scale_of_the_threshold_and_is_added_once(method: str) -> None:
+    model = nn.Linear(200, 200)
+    case = make_case("vectors")
+    batch = (torch.randn(3, 200), torch.randn(3, 200))
+    engine = attach(model, method, max_grad_norm=0.25)
+
+    def noised(sigma: float) -> Tensor:
+        engine.accumulate(case.loss_fn, batch)
+        generator = torch.Generator().manual_seed(7)
+        engine.privatize(noise_multiplier=sigma, expected_batch_size=8, generator=generator)
+        assert model.weight.grad is not None
+        result = model.weight.grad.clone()
+        engine.zero_grad()
+        return result
+
+    noise = noised(4.0) - noised(0.0)
+    # 40,000 draws: the sample standard deviation is within 2 % (5.6 of its own standard errors).
+    assert math.isclose(float(noise.std()), 4.0 * 0.25 / 8, rel_tol=0.02)
+
+
+def test_own_noise_is_not_repeated() -> None:
+    grads = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        case = make_case("vectors", num_examples=0)
+        engine = attach(case.model, "ghost")
+        engine.accumulate(case.loss_fn, case.batch)
+        engine.privatize(noise_multiplier=1.0, expected_batch_size=1)
+        grads.append(next(iter(engine.parameters.values())).grad)
+    assert not torch.equal(grads[0], grads[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", PRIVATE)
+def test_backward_is_accumulate_for_a_forward_the_caller_ran(method: str) -> None:
+    case = make_case("tokens")
+    wanted, _ = clipped_sum(case.model, case.loss_fn, case.batch, 0.5)
+    engine = attach(case.model, method, max_grad_norm=0.5)
+    engine.backward(case.loss_fn(engine.forward_model, case.batch))
+    engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
+    for name, parameter in engine.parameters.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad.double(), wanted[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_ghost_drops_a_non_finite_example_and_keeps_weights_finite(value: float) -> None:
+    case = make_case("tokens")
+    x, target = case.batch  # type: ignore[misc]
+    x = x.clone()
+    x[1, 2, 3] = value
+    wanted, _ = clipped_sum(case.model, case.loss_fn, (x, target), 0.5)
+    engine = attach(case.model, "ghost", max_grad_norm=0.5)
+    norms = engine.accumulate(case.loss_fn, (x, target))
+    assert norms is not None
+    assert not torch.isfinite(norms[1])
+    for name, parameter in engine.parameters.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad.double(), wanted[name], rtol=1e-5, atol=1e-6)
+
+
+class Raw(nn.Module):
+    """A layer and a parameter of the root's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale
+
+
+class Reader(nn.Module):
+    """A layer whose weight is read past its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.layer.weight.T
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Raw(), "scale"),
+        (nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)), "layer 1: it mixes the examples"),
+        (nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3, affine=False)), "GroupNorm"),
+        (nn.Sequential(nn.Bilinear(6, 6, 3)), "no rule for Bilinear"),
+        (nn.Sequential(nn.Conv2d(3, 3, 2, padding_mode="circular")), "padding_mode"),
+        (nn.Sequential(nn.Embedding(3, 3, max_norm=1.0)), "max_norm"),
+    ],
+    ids=["raw", "batchnorm", "batchnorm-plain", "bilinear", "padding", "max-norm"],
+)
+def test_ghost_names_the_layer_it_cannot_run_on(model: nn.Module, words: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=words):
+        attach(model, "ghost")
+
+
+def test_ghost_notices_a_weight_used_past_its_layer() -> None:
+    engine = attach(Reader(), "ghost")
+    batch = (torch.randn(4, 6), torch.randn(4, 3))
+    with pytest.raises(UnsupportedModelError, match=r"layer\.weight is used outside"):
+        engine.accumulate(make_case("vectors").loss_fn, batch)
+
+
+def test_ghost_notices_a_leading_dimension_that_is_not_examples() -> None:
+    class Swapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.transpose(0, 1)).transpose(0, 1).mean(1)
+
+    engine = attach(Swapped(), "ghost")
+    with pytest.raises(UnsupportedModelError, match="first dimension is 5"):
+        engine.accumulate(make_case("vectors").loss_fn, (torch.randn(4, 5, 6), torch.randn(4, 3)))
+
+
+def test_ghost_notices_a_parameter_frozen_after_attach() -> None:
+    case = make_case("vectors")
+    engine = attach(case.model, "ghost")
+    next(case.model.parameters()).requires_grad_(False)
+    with pytest.raises(EngineStateError, match="frozen after attach"):
+        engine.accumulate(case.loss_fn, case.batch)
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, float("nan"), float("inf")])
+def test_threshold_is_checked(threshold: float) -> None:
+    with pytest.raises(UsageError, match="max_grad_norm"):
+        attach(nn.Linear(2, 2), "ghost", max_grad_norm=threshold)
+
+
+def test_unknown_method_lists_the_known() -> None:
+    with pytest.raises(UsageError, match="vanilla, ghost"):
+        attach(nn.Linear(2, 2), "ghots")
+
+
+def test_phases_are_announced_in_order() -> None:
+    for method in ALL:
+        seen: list[str] = []
+        case = make_case("vectors")
+        engine = attach(case.model, method, on_phase=seen.append)
+        engine.accumulate(case.loss_fn, case.batch)
+        engine.privatize(noise_multiplier=float(METHODS[method].private), expected_batch_size=4)
+        wanted = ["forward", "backward", "clip", "noise"] if METHODS[method].private else ["forward", "backward"]
+        assert seen == wanted, method
