@@ -1,6 +1,7 @@
 """What `memory-test inspect` takes. No torch, so that ``--help`` answers at once."""
 
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 from dit_dp import validate
 from dit_dp.errors import UsageError
@@ -41,8 +42,10 @@ class InspectArgs:
         validate.integer("max_depth", self.max_depth, minimum=0)
         if self.is_custom:
             self._check_custom()
-        else:
-            self.experiment()
+            return
+        self.experiment()
+        if self.pretrained:
+            self._refuse(("hidden_size", "depth", "num_heads"), "the checkpoint")
 
     @property
     def is_custom(self) -> bool:
@@ -63,11 +66,13 @@ class InspectArgs:
         parts = [*module.split("."), *attribute.split(".")]
         if not all(part.isidentifier() for part in parts):
             raise UsageError.for_value("model", self.model, "module:callable, such as my_package.models:make_model")
-        for field in fields(self):
-            if field.name in ("model", "pretrained", "max_depth", "json") or field.default is MISSING:
-                continue
-            value = getattr(self, field.name)
-            if value != field.default:
-                raise UsageError.for_value(
-                    field.name, value, "nothing", f"{self.model} decides its own sizes; drop the option"
-                )
+        kept = ("model", "pretrained", "max_depth", "json")
+        self._refuse([field.name for field in fields(self) if field.name not in kept], self.model)
+
+    def _refuse(self, names: Iterable[str], owner: str) -> None:
+        """Raise `UsageError` if one of these options was given, although somebody else decides it."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                fix = f"{owner} decides it; drop the option"
+                raise UsageError.for_value(name, getattr(self, name), "no value", fix)

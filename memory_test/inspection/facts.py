@@ -126,7 +126,7 @@ class Inspection:
 
     Attributes:
         schema_version: Of this document.
-        model: As asked for.
+        model: As asked for, with the sizes that differ from the named model's.
         sizes: `None` for a model of the user's own.
         total_parameters: Tied ones counted once; so are the next.
         trainable_parameters: Those that take gradients.

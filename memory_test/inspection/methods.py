@@ -67,16 +67,18 @@ def _judge(method: str, model: nn.Module, layers: list[_Layer], probe: Probe) ->
 
 
 def _rules(method: str, layers: list[_Layer], probe: Probe) -> tuple[RuleUse, ...]:
-    """Group layers by type and treatment, in the model's order."""
+    """Group layers by type and treatment, types in the model's order."""
     engine = engine_class(method)
     grouped: dict[tuple[str, str, str, str], list[str]] = {}
     for layer in layers:
         treatment = (type(layer.module).__name__, *_treatment(method, engine, layer, probe))
         grouped.setdefault(treatment, []).append(layer.name)
-    return tuple(
+    order = list(dict.fromkeys(kind for kind, *_ in grouped))
+    uses = [
         RuleUse(type=kind, rule=rule, reason=reason, fix=fix, layers=tuple(names))
         for (kind, rule, reason, fix), names in grouped.items()
-    )
+    ]
+    return tuple(sorted(uses, key=lambda use: (order.index(use.type), -len(use.layers))))
 
 
 def _treatment(method: str, engine: type[Engine], layer: _Layer, probe: Probe) -> tuple[str, str, str]:
@@ -86,10 +88,11 @@ def _treatment(method: str, engine: type[Engine], layer: _Layer, probe: Probe) -
         problem, fix = split_reason(reason)
         return "none", problem, replacement(layer.module) or fix
     if probe.failure is None:
-        for check in CHECKS.get(method, (_first_dimension,)):
+        for check in _checks(method, layer):
             found = check(layer)
             if found is not None:
-                return "none", *split_reason(found)
+                problem, fix = split_reason(found)
+                return "none", problem, (replacement(layer.module) if check is _one_tensor else None) or fix
     if layer.inside is not None and method in _HOOKED:
         return "functorch", f"inside {layer.inside}, which vmap takes as a whole", ""
     if method == "ghost" and rule in ("ghost", "embedding"):
@@ -133,7 +136,7 @@ def _positions(module: nn.Module, call: Call) -> int:
 
 def _first_dimension(layer: _Layer) -> str | None:
     """Every method takes the first dimension for the examples'."""
-    if layer.num_examples is None or layer.inside is not None:
+    if layer.num_examples is None:
         return None
     for call in layer.calls:
         if call.inputs and call.inputs[0][:1] != (layer.num_examples,):
@@ -144,21 +147,21 @@ def _first_dimension(layer: _Layer) -> str | None:
 
 def _read_outside(layer: _Layer) -> str | None:
     """Engines that watch calls do not see a weight that is read."""
-    if layer.calls or layer.unused or layer.inside is not None:
+    if layer.calls or layer.unused:
         return None
     return "never called, yet its parameters are used; call the layer instead of reading its weight, or freeze it"
 
 
 def _unused(layer: _Layer) -> str | None:
     """Opacus finds no per-example gradient."""
-    if not layer.unused or layer.inside is not None:
+    if not layer.unused:
         return None
     return f"the output does not depend on its {' and '.join(layer.unused)}; freeze it"
 
 
 def _by_keyword(layer: _Layer) -> str | None:
     """Opacus's hooks get positional arguments only."""
-    if layer.inside is not None or all(call.positional for call in layer.calls):
+    if all(call.positional for call in layer.calls):
         return None
     return "called by keyword, which Opacus's hooks do not see; pass its input by position"
 
@@ -167,12 +170,12 @@ def _one_tensor(layer: _Layer) -> str | None:
     """Opacus's vmap sampler passes one input and one output gradient."""
     from opacus.grad_sample import GradSampleModule
 
-    if layer.inside is not None or type(layer.module) in GradSampleModule.GRAD_SAMPLERS:
+    if type(layer.module) in GradSampleModule.GRAD_SAMPLERS:
         return None
     for call in layer.calls:
         if len(call.inputs) > 1 or len(call.outputs) > 1:
             counts = f"takes {len(call.inputs)} tensors and returns {len(call.outputs)}"
-            return f"{counts}, but Opacus's vmap sampler handles one of each; use layers with one"
+            return f"{counts}, but Opacus's vmap sampler handles one of each; build it of layers with one of each"
     return None
 
 
@@ -200,14 +203,22 @@ def _flat_indices(layer: _Layer) -> str | None:
 Check = Callable[[_Layer], str | None]
 _HOOKED = ("opacus", "opacus-functorch", "opacus-ghost")
 _HOOKS: tuple[Check, ...] = (_by_keyword, _one_tensor, _first_dimension, _unused, _read_outside)
+_REUSE: tuple[Check, ...] = (_called_again, _tied)
 CHECKS: dict[str, tuple[Check, ...]] = {
     "ghost": (_first_dimension, _read_outside),
     "opacus": _HOOKS,
     "opacus-functorch": _HOOKS,
     "opacus-ew": (_flat_indices, _first_dimension, _unused),
-    "opacus-ghost": (_called_again, _tied, *_HOOKS),
+    "opacus-ghost": (*_REUSE, *_HOOKS),
 }
 """What a forward pass can reveal against a method; a method that is not listed gets the first-dimension check."""
+
+
+def _checks(method: str, layer: _Layer) -> tuple[Check, ...]:
+    """Return the checks of a method; Opacus's hooks see nothing of layers inside one that vmap takes as a whole."""
+    checks = CHECKS.get(method, (_first_dimension,))
+    hidden = layer.inside is not None and method in _HOOKED
+    return tuple(check for check in checks if check in _REUSE) if hidden else checks
 
 
 # --- layers -------------------------------------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import textwrap
+import re
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 from memory_test.core.units import format_bytes
-from memory_test.inspection.facts import Inspection, MethodVerdict, RuleUse
+from memory_test.inspection.facts import Inspection, MethodVerdict
 from memory_test.inspection.tree import tree_rows
 
 WIDTH = 100
@@ -94,7 +94,7 @@ def _share(share: float) -> str:
 def _methods(inspection: Inspection) -> list[str]:
     lines = ["Methods, and how each obtains a layer's per-example gradient norm"]
     if inspection.shapes_unknown:
-        lines.append("  Without shapes, layers that are called twice, unused or transposed cannot be told.")
+        lines.append("  Shapes unknown: layers called twice, unused layers and a moved batch dimension go unnoticed.")
     width = max(len(verdict.method) for verdict in inspection.methods)
     for verdict in inspection.methods:
         lines += ["", *_method(verdict, width)]
@@ -109,14 +109,10 @@ def _method(verdict: MethodVerdict, width: int) -> list[str]:
         state = f"not supported: {refused} {'layer' if refused == 1 else 'layers'}"
     else:
         state = f"not supported: {verdict.refusal}"
-    rows = [(f"{use.type} ×{len(use.layers)}", use.rule, _reason(use)) for use in verdict.rules]
+    rows = [(f"{use.type} ×{len(use.layers)}", use.rule, use.reason) for use in verdict.rules]
     note = "" if verdict.rules or not verdict.supported else ": no clipping, no norms"
     head = _table([(verdict.method, state + note)], indent=2, minimum=(width,))
     return head + (_table(rows, indent=4, minimum=(14, 16), maximum=(24,)) if rows else [])
-
-
-def _reason(use: RuleUse) -> str:
-    return f"{_names(use.layers)}: {use.reason}" if use.rule == "none" else use.reason
 
 
 def _names(layers: Sequence[str]) -> str:
@@ -137,12 +133,12 @@ def _fixes(inspection: Inspection) -> list[str]:
     methods: dict[tuple[str, str], list[str]] = {}
     for verdict in inspection.methods:
         for use in verdict.rules:
-            if use.rule == "none" and use.fix:
-                methods.setdefault((_names(use.layers), use.fix), []).append(verdict.method)
+            if use.rule == "none":
+                methods.setdefault((_names(use.layers), use.fix or "none known; freeze it"), []).append(verdict.method)
     for error in inspection.validator_errors:
         methods.setdefault((error.layer or "(model)", error.fix), [])
     private = [verdict.method for verdict in inspection.methods if verdict.rules]
-    rows = [(layer, f"{fix}{_for(names, private)}") for (layer, fix), names in methods.items()]
+    rows = [(f"{layer}: {fix}{_for(names, private)}",) for (layer, fix), names in methods.items()]
     return ["Fixes", *_table(rows, indent=2)] if rows else []
 
 
@@ -193,4 +189,20 @@ def _cell(text: str, width: int, right: bool) -> list[str]:
     if len(text) <= width:
         return [text.rjust(width) if right else text]
     margin = " " * (len(text) - len(text.lstrip()))
-    return textwrap.wrap(text.strip(), width, initial_indent=margin, subsequent_indent=margin + "  ")
+    lines, line = [], margin
+    for piece in _pieces(text.strip(), width - len(margin) - 2):
+        if len(line) + len(piece.rstrip()) > width:
+            lines.append(line.rstrip())
+            line = margin + "  "
+        line += piece
+    return [*lines, line.rstrip()]
+
+
+def _pieces(text: str, width: int) -> Iterable[str]:
+    """Yield words, those too long for a line broken after dots and before capitals."""
+    for word in text.split(" "):
+        if len(word) <= width:
+            yield word + " "
+            continue
+        yield from (piece for piece in re.split(r"(?<=\.)|(?<=[a-z0-9])(?=[A-Z])", word)[:-1] if piece)
+        yield re.split(r"(?<=\.)|(?<=[a-z0-9])(?=[A-Z])", word)[-1] + " "

@@ -25,7 +25,7 @@ class Subject:
     """A model and what it can be called with.
 
     Attributes:
-        name: As asked for.
+        name: As asked for, with the sizes that differ from the named model's.
         model: In training mode if ours; as it came if the user's.
         inputs: Positional or keyword arguments of one forward pass; `None` if unknown.
         on_meta: Whether the pass can run on the meta device: shapes without values, memory or work.
@@ -79,8 +79,10 @@ def _build_dit(args: InspectArgs) -> Subject:
         patch_size=patch,
         num_tokens=(latent // patch) ** 2,
     )
+    changed = {name: getattr(args, name) for name in ("hidden_size", "depth", "num_heads")}
+    given = ", ".join(f"{name} {value}" for name, value in changed.items() if value is not None)
     name = args.model if args.pretrained else resolved["model"]
-    return Subject(name, model, _dit_inputs(sizes), on_meta=True, sizes=sizes)
+    return Subject(f"{name} with {given}" if given else name, model, _dit_inputs(sizes), on_meta=True, sizes=sizes)
 
 
 def _dit_inputs(sizes: Sizes) -> Inputs:
