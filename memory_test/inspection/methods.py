@@ -87,12 +87,11 @@ def _treatment(method: str, engine: type[Engine], layer: _Layer, probe: Probe) -
     if rule == "none":
         problem, fix = split_reason(reason)
         return "none", problem, replacement(layer.module) or fix
-    if probe.failure is None:
-        for check in _checks(method, layer):
-            found = check(layer)
-            if found is not None:
-                problem, fix = split_reason(found)
-                return "none", problem, (replacement(layer.module) if check is _one_tensor else None) or fix
+    for check in _checks(method, layer, probe):
+        found = check(layer)
+        if found is not None:
+            problem, fix = split_reason(found)
+            return "none", problem, (replacement(layer.module) if check is _one_tensor else None) or fix
     if layer.inside is not None and method in _HOOKED:
         return "functorch", f"inside {layer.inside}, which vmap takes as a whole", ""
     if method == "ghost" and rule in ("ghost", "embedding"):
@@ -214,9 +213,11 @@ CHECKS: dict[str, tuple[Check, ...]] = {
 """What a forward pass can reveal against a method; a method that is not listed gets the first-dimension check."""
 
 
-def _checks(method: str, layer: _Layer) -> tuple[Check, ...]:
-    """Return the checks of a method; Opacus's hooks see nothing of layers inside one that vmap takes as a whole."""
+def _checks(method: str, layer: _Layer, probe: Probe) -> tuple[Check, ...]:
+    """Return what can be checked: without a probe ties alone; reuse alone where Opacus's vmap takes an ancestor."""
     checks = CHECKS.get(method, (_first_dimension,))
+    if probe.failure is not None:
+        return tuple(check for check in checks if check is _tied)
     hidden = layer.inside is not None and method in _HOOKED
     return tuple(check for check in checks if check in _REUSE) if hidden else checks
 

@@ -79,10 +79,8 @@ def _build_dit(args: InspectArgs) -> Subject:
         patch_size=patch,
         num_tokens=(latent // patch) ** 2,
     )
-    changed = {name: getattr(args, name) for name in ("hidden_size", "depth", "num_heads")}
-    given = ", ".join(f"{name} {value}" for name, value in changed.items() if value is not None)
     name = args.model if args.pretrained else resolved["model"]
-    return Subject(f"{name} with {given}" if given else name, model, _dit_inputs(sizes), on_meta=True, sizes=sizes)
+    return Subject(name, model, _dit_inputs(sizes), on_meta=True, sizes=sizes)
 
 
 def _dit_inputs(sizes: Sizes) -> Inputs:
