@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from dit_dp.clipping.engine import MEMORY_SCOPE, Engine, LayerRule
-from dit_dp.clipping.rules import float32
+from dit_dp.clipping.rules import COUPLED, float32
 from dit_dp.errors import EngineStateError, UnsupportedModelError
 
 _EXPANDED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
@@ -22,8 +22,10 @@ _EXPANDED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn
 
 def _refusal(module: nn.Module) -> str | None:
     """Return why Opacus cannot, or cannot correctly, run on a layer, or `None`."""
+    if isinstance(module, COUPLED):  # Opacus 1.6.0 refuses running statistics only, and those only if it trains
+        return "it mixes the examples of a batch; use GroupNorm or LayerNorm"
     if list(module.buffers(recurse=False)):
-        return "Opacus supports no trainable layer with buffers; use GroupNorm for BatchNorm"
+        return "Opacus supports no trainable layer with buffers; freeze it, or use a layer without"
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         return "its sampler gives the padding row a gradient (seen in 1.6.0); set padding_idx=None, or use ghost"
     return None
@@ -263,6 +265,8 @@ class OpacusExpandedWeightsEngine(OpacusEngine):
     @classmethod
     def layer_rule(cls, module: nn.Module) -> tuple[LayerRule, str]:
         """Return `expanded weights` where PyTorch has a rule."""
+        if isinstance(module, COUPLED):
+            return "none", "it mixes the examples of a batch; use GroupNorm or LayerNorm"
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return "none", "ExpandedWeights gives the padding row a gradient; set padding_idx=None, or use ghost"
         if type(module) not in _EXPANDED_LAYERS:

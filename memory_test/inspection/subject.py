@@ -1,0 +1,130 @@
+"""Build what is inspected: a named DiT without memory, a pretrained one, or a model of the user's own."""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_dp.errors import UsageError
+from memory_test.core.workload import build_model
+from memory_test.inspection.args import InspectArgs
+from memory_test.inspection.facts import Sizes
+
+PROBE_EXAMPLES = 2
+Inputs = tuple[Any, ...] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what it can be called with.
+
+    Attributes:
+        name: As asked for, with the sizes that differ from the named model's.
+        model: In training mode if ours; as it came if the user's.
+        inputs: Positional or keyword arguments of one forward pass; `None` if unknown.
+        on_meta: Whether the pass can run on the meta device: shapes without values, memory or work.
+        sizes: Of a DiT.
+    """
+
+    name: str
+    model: nn.Module
+    inputs: Inputs | None
+    on_meta: bool = False
+    sizes: Sizes | None = None
+
+
+def build_subject(args: InspectArgs) -> Subject:
+    """Build the model that the arguments name.
+
+    Raises:
+        UsageError: It cannot be had; one line with the cause.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # stdout may be a JSON document
+        return _build_custom(args.model) if args.is_custom else _build_dit(args)
+
+
+@contextlib.contextmanager
+def users_code(doing: str) -> Iterator[None]:
+    """Turn whatever the user's code raises into one line that names the exception.
+
+    Raises:
+        UsageError: Something was raised.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"{doing} raised {type(error).__name__}{': ' * bool(text)}{text}") from error
+
+
+def _build_dit(args: InspectArgs) -> Subject:
+    resolved = args.experiment().resolve(device="cpu", num_threads=1)
+    if args.pretrained:
+        model = build_model(resolved)
+    else:
+        with torch.device("meta"):
+            model = build_model(resolved)
+    patch = int(getattr(model, "patch_size", resolved["patch_size"]))
+    latent = resolved["latent_size"]
+    sizes = Sizes(
+        image_size=args.image_size,
+        in_channels=args.in_channels,
+        latent_size=latent,
+        patch_size=patch,
+        num_tokens=(latent // patch) ** 2,
+    )
+    name = args.model if args.pretrained else resolved["model"]
+    return Subject(name, model, _dit_inputs(sizes), on_meta=True, sizes=sizes)
+
+
+def _dit_inputs(sizes: Sizes) -> Inputs:
+    """Return x, t, y and label drops of a DiT on the meta device."""
+    n = PROBE_EXAMPLES
+    with torch.device("meta"):
+        return {
+            "x": torch.empty(n, sizes.in_channels, sizes.latent_size, sizes.latent_size),
+            "t": torch.empty(n, dtype=torch.int64),
+            "y": torch.empty(n, dtype=torch.int64),
+            "drop_labels": torch.empty(n, dtype=torch.bool),
+        }
+
+
+def _build_custom(spec: str) -> Subject:
+    module_name, _, path = spec.partition(":")
+    try:
+        with users_code(f"model: importing {module_name!r}"):
+            module = importlib.import_module(module_name)
+    except UsageError as error:
+        cause = error.__cause__
+        missing = isinstance(cause, ModuleNotFoundError) and module_name.startswith(cause.name or "\0")
+        hint = f"; install it, or set PYTHONPATH to the folder that holds {module_name.partition('.')[0]}"
+        raise UsageError(f"{error}{hint if missing else ''}") from cause
+    try:
+        target = reduce(getattr, path.split("."), module)
+    except AttributeError as error:
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise UsageError.for_value("model", spec, names or "a module with a callable") from error
+    if isinstance(target, nn.Module):
+        return Subject(spec, target, None)
+    if not callable(target):
+        raise UsageError.for_value("model", spec, "a callable that returns an nn.Module")
+    with users_code(f"model: {spec}()"):
+        made = target()
+    return _subject_of(spec, made)
+
+
+def _subject_of(spec: str, made: Any) -> Subject:
+    """Check what the callable returned."""
+    accepted = "an nn.Module, or (nn.Module, inputs) with inputs a tuple or dict of tensors"
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model: {spec}() returned {type(model).__name__}; accepted: {accepted}")
+    if inputs is not None and not isinstance(inputs, (tuple, Mapping)):
+        raise UsageError(f"model: {spec}() returned inputs as {type(inputs).__name__}; accepted: {accepted}")
+    return Subject(spec, model, inputs)
