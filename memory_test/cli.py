@@ -191,7 +191,7 @@ def _flatten(box: str) -> str:
     lines = (re.sub(r"[╭╮╰╯│─]+", " ", line).strip() for line in text.splitlines())
     joined = re.sub(r"\s+", " ", " ".join(line for line in lines if line)).strip()
     joined = joined.split(" For full helptext")[0]
-    joined = re.sub(r"^(Value error )?(Error parsing config: )?", "", joined)
+    joined = re.sub(r"^(Value error )?(Error parsing (config|[A-Z]\w+): )?", "", joined)
     joined = re.sub(r"^(Parsing error |Invalid choice (?=invalid)|Missing argument (?=Missing))", "", joined)
     joined = re.sub(r"^Unrecognized options (?=Unrecognized options:)", "", joined)
     joined = re.sub(r"^Required options Missing from \S+( \S+)?:", "missing:", joined)

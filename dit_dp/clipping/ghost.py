@@ -99,6 +99,7 @@ class GhostEngine(Engine):
         self._calls: dict[nn.Parameter, int] = {}
         self._parts: dict[nn.Parameter, list[Contribution]] = {}
         self._rules_used: dict[str, str] = {}
+        self._names = {parameter: name for name, parameter in self.parameters.items()}
         self._layers = cover(self.model, self)
         for layer in self._layers:
             layer.module.forward = types.MethodType(_watched_forward(layer), layer.module)
@@ -169,8 +170,6 @@ class GhostEngine(Engine):
                     continue
                 self._parts.setdefault(parameter, []).append(part)
                 self._calls[parameter] = self._calls.get(parameter, 1) - 1
-                if isinstance(part, Outer):
-                    self._rules_used[layer.name] = Outer.rule(part.a.shape[1], part.a.shape[2], part.g.shape[2])
                 if self._calls[parameter] <= 0:
                     self._take_norm(parameter)
 
@@ -185,6 +184,9 @@ class GhostEngine(Engine):
     def _take_norm(self, parameter: nn.Parameter) -> None:
         assert self._squares is not None
         parts = self._parts.pop(parameter)
+        if all(isinstance(part, Outer) for part in parts):
+            positions = sum(part.a.shape[1] for part in parts if isinstance(part, Outer))
+            self._rules_used[self._names[parameter]] = Outer.rule(positions, parameter[0].numel(), parameter.shape[0])
         self._squares += joined_squared_norms(parts, parameter.shape)
 
     def _begin(self) -> None:
@@ -199,7 +201,7 @@ class GhostEngine(Engine):
     # --- what people ask ------------------------------------------------------------------------------------
 
     def choices(self) -> dict[str, Any]:
-        """Return how many layers used which norm rule in the last step."""
+        """Return how many weights used which norm rule in the last step."""
         counts: dict[str, int] = {}
         for rule in self._rules_used.values():
             counts[rule] = counts.get(rule, 0) + 1

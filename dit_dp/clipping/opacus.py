@@ -47,10 +47,12 @@ class _OpacusBase(Engine):
 
     sum_in_grad: ClassVar[bool] = False
     method: ClassVar[str]
+    _num_examples: int
 
     def _attach(self) -> None:
         for name, module in self.model.named_modules():
-            if any(p.requires_grad for p in module.parameters(recurse=False)):
+            trains = any(p.requires_grad for p in module.parameters(recurse=False))
+            if trains or isinstance(module, COUPLED):
                 rule, reason = self.layer_rule(module)
                 if rule == "none":
                     raise UnsupportedModelError(
@@ -81,6 +83,19 @@ class _OpacusBase(Engine):
             self._optimizer.zero_grad(set_to_none=True)
             return
         super()._begin()
+
+    def _check_rows(self, name: str, per_example: Tensor | None) -> None:
+        """Refuse a parameter without a per-example gradient or norm, or with other rows than examples."""
+        if per_example is None:
+            raise UnsupportedModelError(
+                f"model: {self.method} found no per-example gradient for {name}: the output does not use the "
+                f"parameter, or not through its layer's forward; freeze it"
+            )
+        if per_example.shape[0] != self._num_examples:
+            raise UnsupportedModelError(
+                f"model: {self.method} got {per_example.shape[0]} rows for {name} and {self._num_examples} examples; "
+                f"make the first dimension of its layer's input the examples'"
+            )
 
     def _sum_virtually(self) -> None:
         """Clip and add up without noise: Opacus's own path for a physical batch within a logical one."""
@@ -161,14 +176,11 @@ class OpacusEngine(_OpacusBase):
 
     def _finish(self, losses: Tensor) -> Tensor | None:
         self._announce("backward")
+        self._num_examples = losses.shape[0]
         losses.mean().backward()  # type: ignore[no-untyped-call]
         self._announce("clip")
         for name, parameter in self.parameters.items():
-            if getattr(parameter, "grad_sample", None) is None:
-                raise UnsupportedModelError(
-                    f"model: {self.method} found no per-example gradient for {name}: the parameter is not "
-                    f"used, or outside its layer's forward; freeze it"
-                )
+            self._check_rows(name, getattr(parameter, "grad_sample", None))
         norms = None
         if self.report_norms:
             norms = _norms_of(parameter.grad_sample for parameter in self.parameters.values())  # type: ignore[attr-defined]
@@ -287,10 +299,13 @@ class OpacusGhostEngine(_OpacusBase):
 
         def announced() -> Tensor:
             self._announce("clip")
+            for name, parameter in self.parameters.items():
+                self._check_rows(name, getattr(parameter, "_norm_sample", None))
             coefficients: Tensor = compute()
             return coefficients
 
         wrapped.get_clipping_coef = announced
+        self._refuse_ties()
         self._calls: dict[str, int] = {}
         self._handles = [
             module.register_forward_pre_hook(self._count(name))
@@ -298,6 +313,15 @@ class OpacusGhostEngine(_OpacusBase):
             if any(p.requires_grad for p in module.parameters(recurse=False))
         ]
         return wrapped
+
+    def _refuse_ties(self) -> None:
+        """Refuse parameters that two modules share, which Opacus notices in the middle of the first step."""
+        owners: dict[nn.Parameter, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad and owners.setdefault(parameter, name) != name:
+                raise UnsupportedModelError(
+                    f"model: opacus-ghost cannot run on {name}: it is tied to {owners[parameter]}; use ghost"
+                )
 
     def _count(self, name: str) -> Callable[[nn.Module, Any], None]:
         """Return a hook that refuses the second call of a module within one forward."""
@@ -323,11 +347,14 @@ class OpacusGhostEngine(_OpacusBase):
     def _begin(self) -> None:
         super()._begin()
         self._calls.clear()
+        for parameter in self.parameters.values():
+            parameter.__dict__.pop("_norm_sample", None)  # a stale norm would stand in for a missing one
 
     def _finish(self, losses: Tensor) -> Tensor:
         from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
         self._announce("backward")
+        self._num_examples = losses.shape[0]
         DPTensorFastGradientClipping(self._wrapped, self._optimizer, losses, "mean").backward()
         norms: Tensor = self._wrapped.per_sample_gradient_norms.detach()
         self._sum_virtually()

@@ -120,8 +120,11 @@ class ExperimentConfig:
             downsample,
             f"one input position covers {downsample} pixels (latent_downsample)",
         )
-        if self.pretrained:
-            return  # the checkpoint says which architecture it is; checked where it is loaded
+        if self.pretrained:  # the checkpoint says which architecture it is; checked where it is loaded
+            for name in ("hidden_size", "depth", "num_heads"):
+                if getattr(self, name) is not None:
+                    raise UsageError.for_value(name, getattr(self, name), "None", "the checkpoint says it")
+            return
         patch = self.resolved_patch_size
         validate.divisible(
             "image_size",

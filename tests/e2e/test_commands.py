@@ -115,11 +115,8 @@ def test_interrupted_sweep_keeps_finished_cells(tmp_path: Path) -> None:
 
 
 def test_a_cell_that_cannot_run_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
-    text = (
-        SWEEP.replace("[1, 2]", "[1]")
-        + "cells:\n  - {experiment: ghost, batch_size: 1, pretrained: true, model: /no}\n"
-    )
-    (tmp_path / "s.yaml").write_text(text)
+    missing = "{experiment: ghost, pretrained: true, model: /no, depth: null, hidden_size: null, num_heads: null}"
+    (tmp_path / "s.yaml").write_text(SWEEP.replace("[1, 2]", "[1]") + f"cells:\n  - {missing}\n")
     done = run("sweep", "s.yaml", "--output-dir", "d", "--report", cwd=tmp_path)
     assert done.returncode == 1
     assert "2 ok, 1 error" in done.stdout

@@ -18,7 +18,7 @@ REFUSED_BY_PEERS = {
     ("opacus", "padded"): "padding row",
     ("opacus-functorch", "padded"): "padding row",
     ("opacus-ghost", "padded"): "padding row",
-    ("opacus-ghost", "reused"): "called more than once",
+    ("opacus-ghost", "reused"): "tied",
     ("opacus-ew", "padded"): "padding row",
     ("opacus-ew", "words"): "no rule for RMSNorm",
 }

@@ -241,6 +241,45 @@ def test_ghost_names_the_layer_it_cannot_run_on(model: nn.Module, words: str) ->
         attach(model, "ghost")
 
 
+OPACUS = [name for name, method in METHODS.items() if method.peer]
+
+
+@pytest.mark.parametrize("method", OPACUS)
+def test_peers_refuse_layers_that_mix_examples(method: str) -> None:
+    """Opacus itself accepts BatchNorm without parameters of its own, and returns a wrong sum."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 2), nn.BatchNorm2d(3, affine=False))
+    with pytest.raises(UnsupportedModelError, match="layer 1"):
+        attach(model, method)
+
+
+class Flattened(nn.Module):
+    """Tokens moved into the batch: a per-row gradient is per token, not per example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(0, 1)).view(x.shape[0], x.shape[1], 3).mean(1)
+
+
+@pytest.mark.parametrize("method", [m for m in PRIVATE if m != "opacus-ew"])
+def test_tokens_flattened_into_the_batch_are_refused(method: str) -> None:
+    engine = attach(Flattened(), method)
+    with pytest.raises(UnsupportedModelError, match=r"\b20\b"):
+        engine.accumulate(make_case("vectors").loss_fn, (torch.randn(4, 5, 6), torch.randn(4, 3)))
+
+
+def test_opacus_ghost_refuses_ties_and_unused_parameters() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"logits\.weight: it is tied to words\.weight"):
+        attach(make_case("reused").model, "opacus-ghost")
+    model = nn.Linear(6, 3)
+    model.unused = nn.Linear(2, 2)  # type: ignore[assignment]
+    engine = attach(model, "opacus-ghost")
+    with pytest.raises(UnsupportedModelError, match=r"no per-example gradient for unused\.weight"):
+        engine.accumulate(make_case("vectors").loss_fn, make_case("vectors").batch)
+
+
 def test_ghost_notices_a_weight_used_past_its_layer() -> None:
     engine = attach(Reader(), "ghost")
     batch = (torch.randn(4, 6), torch.randn(4, 3))
