@@ -117,7 +117,7 @@ def _run(args: RunArgs) -> int:
     store.check_writable(output)
     _note(describe_cell(args.config))
     record = run_cell(args.config)
-    store.save(record, output)
+    store.save_measured(record, output)
     _say(describe_record(record))
     _say(f"record: {output}")
     return 0 if record.status == "ok" else 1

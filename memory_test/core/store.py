@@ -65,6 +65,23 @@ def save(record: Record, path: Path) -> None:
     write_text(path, dump(record))
 
 
+def save_measured(record: Record, path: Path) -> None:
+    """Write a record that took time to obtain; if that fails, keep it in the system's temporary folder.
+
+    Raises:
+        UsageError: It could not be written where it was asked for; says where it is kept, if anywhere.
+    """
+    try:
+        save(record, path)
+    except UsageError as error:
+        rescue = Path(tempfile.gettempdir()) / f"rescued-{path.name}"
+        try:
+            save(record, rescue)
+        except UsageError:
+            raise error from None
+        raise UsageError(f"{error}; the record is kept as {rescue}") from error
+
+
 def load(path: Path) -> Record:
     """Read one record.
 

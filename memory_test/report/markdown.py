@@ -220,6 +220,21 @@ def markdown_report(frame: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def excerpt(frame: pd.DataFrame) -> str:
+    """Return the first group's finding, its table at the headline batch and the environment, for a README."""
+    group = groups(frame)[0]
+    batch = headline_batch(group.rows)
+    rows = group.rows if batch is None else group.rows[group.rows["batch_size"] == batch]
+    parts = [
+        f"**{escape(key_finding(group.rows))}**",
+        f"{escape(group.title)}:",
+        _table(cells(rows)),
+        f"{SPREAD_NOTE} {escape(protocol_line(group))}",
+        f"Measured on {escape(environment_line(environment_of(frame)))}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def _table(rows: Sequence[Cell]) -> str:
     aligned = [":--", "--:", "--:", "--:", "--:", "--:", "--:", ":--"]
     lines = [HEADINGS, tuple(aligned), *(tuple(escape(value) for value in row.values) for row in rows)]

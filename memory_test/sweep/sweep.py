@@ -86,7 +86,7 @@ def run(plan: Plan, on_cell: Callable[[Cell], None] = lambda cell: None) -> Iter
             continue
         on_cell(cell)
         record = run_cell(cell.config, usage_is_error=True)
-        store.save(record, cell.path)
+        store.save_measured(record, cell.path)
         yield cell, record
 
 

@@ -101,6 +101,15 @@ def test_full_disk_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
 
 
+def test_a_record_that_cannot_be_written_is_kept_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    with pytest.raises(UsageError, match=r"kept as .*rescued-r\.json"):
+        store.save_measured(make_record(), tmp_path / "gone" / "r.json")
+    assert store.load(elsewhere / "rescued-r.json") == make_record()
+
+
 @pytest.mark.parametrize("name", ["missing/r.json", "."])
 def test_unusable_output_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="output"):
