@@ -133,21 +133,25 @@ def _sweep(args: SweepArgs) -> int:
     plan = sweeps.prepare(load_sweep(find_sweep(args.file)), args.output_dir, args.on_mismatch, args.retry_failed)  # type: ignore[arg-type]
     records = run_with_progress(plan, sys.stderr)
     if args.report:
-        _report(ReportArgs(folder=args.output_dir))
+        _write_report(args.output_dir, args.output_dir / "report", [cell.path for cell in plan.cells])
     counts = {status: sum(r.status == status for r in records) for status in dict.fromkeys(r.status for r in records)}
     _say(f"records: {args.output_dir} ({', '.join(f'{n} {status}' for status, n in counts.items())})")
     return 0 if all(record.status == "ok" for record in records) else 1
 
 
 def _report(args: ReportArgs) -> int:
+    _write_report(args.folder, args.output_dir or args.folder / "report")
+    return 0
+
+
+def _write_report(folder: Path, output_dir: Path, only: Sequence[Path] | None = None) -> None:
     from memory_test.report.frames import load_frame
     from memory_test.report.markdown import terminal_table
     from memory_test.report.report import write_report
 
-    paths = write_report(args.folder, args.output_dir or args.folder / "report")
-    _say(terminal_table(load_frame(args.folder)))
+    paths = write_report(folder, output_dir, only)
+    _say(terminal_table(load_frame(folder, only)))
     _say(f"report: {paths.html}")
-    return 0
 
 
 # --- what commands share ------------------------------------------------------------------------------------------
@@ -160,12 +164,14 @@ def _guarded(kind: type[T], argv: Sequence[str] | None, prog: str | None, comman
         return command(parse(kind, argv, prog))
     except UsageError as error:
         return _complain(error)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        return _complain(UsageError(f"system: {error}"))
     except KeyboardInterrupt:
         _note("interrupted; finished cells are kept")
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def parse(kind: type[T], argv: Sequence[str] | None, prog: str | None = None) -> T:

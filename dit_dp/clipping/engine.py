@@ -1,11 +1,13 @@
 """The interface of every clipping method, and what they share: state, empty batches, noise."""
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from dit_dp import validate
 from dit_dp.clipping.batch import Batch, LossFn, check_losses, num_rows, trainable_parameters
@@ -16,6 +18,11 @@ LayerRule = Literal["ghost", "direct", "outer product", "embedding", "functorch"
 
 MEMORY_SCOPE = "dit_dp.clipping"
 """Name of the profiler range in which buffers for norms are allocated, so that meters can attribute them."""
+
+
+def memory_scope() -> contextlib.AbstractContextManager[object]:
+    """Return a profiler range for norm and Gram buffers; nothing at all, and no cost, where no profiler runs."""
+    return record_function(MEMORY_SCOPE) if torch._C._autograd._profiler_enabled() else contextlib.nullcontext()
 
 
 def _ignore_phase(phase: str) -> None:
@@ -45,7 +52,7 @@ class Engine(ABC):
         self.max_grad_norm = float(max_grad_norm)
         self.parameters = trainable_parameters(model)
         self._announce = on_phase or _ignore_phase
-        self._state: Literal["clean", "accumulated", "privatized"] = "clean"
+        self._state: Literal["clean", "accumulated", "privatized", "failed"] = "clean"
         self._generator: torch.Generator | None = None
         self._attach()
         model._dit_dp_engine = True  # type: ignore[assignment]
@@ -71,9 +78,10 @@ class Engine(ABC):
         self._announce("forward")
         if examples == 0:
             return self._accumulate_nothing()
-        losses = loss_fn(self._callable_model(), batch)
-        check_losses(losses, examples)
-        return self._finish(losses)
+        with self._failing():
+            losses = loss_fn(self._callable_model(), batch)
+            check_losses(losses, examples)
+            return self._finish(losses)
 
     def backward(self, losses: Tensor) -> Tensor | None:
         """Do the same for a forward pass that the caller ran.
@@ -86,7 +94,10 @@ class Engine(ABC):
         """
         self._begin()
         check_losses(losses)
-        return self._accumulate_nothing() if losses.shape[0] == 0 else self._finish(losses)
+        if losses.shape[0] == 0:
+            return self._accumulate_nothing()
+        with self._failing():
+            return self._finish(losses)
 
     @property
     def forward_model(self) -> nn.Module:
@@ -114,6 +125,8 @@ class Engine(ABC):
         """
         validate.real("noise_multiplier", noise_multiplier, positive=False)
         validate.real("expected_batch_size", expected_batch_size, positive=True)
+        if self._state == "failed":
+            raise EngineStateError("privatize: an accumulate call failed half way, so the sum is lost; call zero_grad")
         if self._state != "accumulated":
             raise EngineStateError("privatize: nothing was accumulated since the last call; call accumulate first")
         if self.private:
@@ -197,8 +210,25 @@ class Engine(ABC):
             self._generator.seed()
         return self._generator
 
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Make a sum that an exception interrupted unusable: part of a batch may be in it."""
+        self._state = "failed"
+        yield
+        self._state = "accumulated"
+
+    def _check_model(self) -> None:
+        """Refuse a model whose trainable parameters are not those that were attached."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad != (self.parameters.get(name) is parameter):
+                what = "replaced" if name in self.parameters and parameter.requires_grad else "frozen or unfrozen"
+                raise EngineStateError(f"model: {name} was {what} after attach; detach, change the model, attach again")
+
     def _begin(self) -> None:
-        """Check that gradients are where the engine left them."""
+        """Check that the model is the one attached and gradients are where the engine left them."""
+        self._check_model()
+        if self._state == "failed":
+            raise EngineStateError("accumulate: an earlier call failed half way, so the sum is lost; call zero_grad")
         if self._state == "accumulated":
             return
         for name, parameter in self.parameters.items():

@@ -10,9 +10,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
-from dit_dp.clipping.engine import MEMORY_SCOPE, Engine, LayerRule
+from dit_dp.clipping.batch import Batch, LossFn
+from dit_dp.clipping.engine import Engine, LayerRule, memory_scope
+from dit_dp.clipping.peer_checks import (
+    FirstForward,
+    refusal,
+    refuse_flat_indices,
+    want_contiguous_gradient,
+)
 from dit_dp.clipping.rules import COUPLED, float32
 from dit_dp.errors import EngineStateError, UnsupportedModelError
 
@@ -20,23 +26,12 @@ _EXPANDED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn
 """Layers for which PyTorch's ExpandedWeights has a rule (torch/nn/utils/_expanded_weights)."""
 
 
-def _refusal(module: nn.Module) -> str | None:
-    """Return why Opacus cannot, or cannot correctly, run on a layer, or `None`."""
-    if isinstance(module, COUPLED):  # Opacus 1.6.0 refuses running statistics only, and those only if it trains
-        return "it mixes the examples of a batch; use GroupNorm or LayerNorm"
-    if list(module.buffers(recurse=False)):
-        return "Opacus supports no trainable layer with buffers; freeze it, or use a layer without"
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        return "its sampler gives the padding row a gradient (seen in 1.6.0); set padding_idx=None, or use ghost"
-    return None
-
-
 def _scoped(base: type) -> type:
     """Return a subclass of an Opacus module whose norm and gradient hooks run inside a profiler range."""
 
     class Scoped(base):  # type: ignore[misc]
         def capture_backprops_hook(self, *args: Any, **kwargs: Any) -> Any:
-            with record_function(MEMORY_SCOPE):
+            with memory_scope():
                 return super().capture_backprops_hook(*args, **kwargs)
 
     return Scoped
@@ -62,6 +57,7 @@ class _OpacusBase(Engine):
             self._wrapped = self._wrap()
         except NotImplementedError as error:
             raise UnsupportedModelError(f"model: Opacus refuses it: {' '.join(str(error).split())}") from error
+        self._first_forward: FirstForward | None = FirstForward(self.model, self.method)
         self._optimizer = self._make_optimizer(torch.optim.SGD(self.parameters.values(), lr=0.0))
 
     @abstractmethod
@@ -79,10 +75,16 @@ class _OpacusBase(Engine):
     def _begin(self) -> None:
         if not self.model.training:
             raise EngineStateError("model: Opacus needs it in training mode; call model.train()")
+        super()._begin()
         if self._state == "accumulated":  # a virtual step: what BatchMemoryManager's users call in between
             self._optimizer.zero_grad(set_to_none=True)
-            return
-        super()._begin()
+
+    def _check_first_forward(self, losses: Tensor) -> None:
+        """Refuse, once, weights that are read where Opacus cannot see it."""
+        if self._first_forward is not None:
+            self._first_forward.refuse_reads_past_layers(losses, self.parameters)
+            self._first_forward.stop()
+            self._first_forward = None
 
     def _check_rows(self, name: str, per_example: Tensor | None) -> None:
         """Refuse a parameter without a per-example gradient or norm, or with other rows than examples."""
@@ -101,7 +103,6 @@ class _OpacusBase(Engine):
         """Clip and add up without noise: Opacus's own path for a physical batch within a logical one."""
         self._optimizer.signal_skip_step(True)
         self._optimizer.pre_step()
-        self._state = "accumulated"
 
     def _privatize(
         self, noise_multiplier: float, expected_batch_size: float, generator: torch.Generator | None
@@ -123,11 +124,20 @@ class _OpacusBase(Engine):
     def zero_grad(self) -> None:
         """Clear `.grad`, `.grad_sample` and `.summed_grad`, by Opacus's own `zero_grad`."""
         self._optimizer._is_last_step_skipped = False
+        if self._state == "failed":  # hooks of an interrupted pass left what they had captured
+            for module in self.model.modules():
+                module.__dict__.pop("activations", None)
+                module.__dict__.pop("max_batch_len", None)
+            for parameter in self.parameters.values():
+                parameter.__dict__.pop("_current_grad_sample", None)
+                parameter._forward_counter = 0  # type: ignore[attr-defined]
         self._optimizer.zero_grad(set_to_none=True)
         self._state = "clean"
 
     def _detach(self) -> None:
         self._wrapped.cleanup()
+        if self._first_forward is not None:
+            self._first_forward.stop()
         for module in self.model.modules():
             for name in (
                 "activations",
@@ -177,6 +187,7 @@ class OpacusEngine(_OpacusBase):
     def _finish(self, losses: Tensor) -> Tensor | None:
         self._announce("backward")
         self._num_examples = losses.shape[0]
+        self._check_first_forward(losses)
         losses.mean().backward()  # type: ignore[no-untyped-call]
         self._announce("clip")
         for name, parameter in self.parameters.items():
@@ -200,7 +211,7 @@ class OpacusEngine(_OpacusBase):
         """Return `direct` for hand-written samplers, `functorch` for the rest, `none` for layers with buffers."""
         from opacus.grad_sample import GradSampleModule
 
-        reason = _refusal(module)
+        reason = refusal(module)
         if reason is not None:
             return "none", reason
         if type(module) in GradSampleModule.GRAD_SAMPLERS:
@@ -227,27 +238,8 @@ class OpacusFunctorchEngine(OpacusEngine):
     @classmethod
     def layer_rule(cls, module: nn.Module) -> tuple[LayerRule, str]:
         """Return `functorch`, or `none` for what Opacus gets wrong."""
-        reason = _refusal(module)
+        reason = refusal(module)
         return ("none", reason) if reason is not None else ("functorch", "vmap over examples")
-
-
-def _want_contiguous_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
-    """Make the gradient of a convolution's output contiguous: PyTorch's rule for it calls `view`."""
-    if output.requires_grad:
-        output.register_hook(lambda g: g.contiguous())  # type: ignore[no-untyped-call]
-
-
-def _refuse_flat_indices(name: str) -> Callable[[nn.Module, Any], None]:
-    """Return a hook that refuses indices of shape (N,), for which PyTorch's rule raises deep inside."""
-
-    def hook(module: nn.Module, args: Any) -> None:
-        if args[0].dim() < 2 and torch.is_grad_enabled():
-            raise UnsupportedModelError(
-                f"model: opacus-ew cannot run on layer {name}: ExpandedWeights needs embedding indices of at least "
-                f"two dimensions and got {tuple(args[0].shape)}; look up y[:, None], or use opacus"
-            )
-
-    return hook
 
 
 class OpacusExpandedWeightsEngine(OpacusEngine):
@@ -259,15 +251,24 @@ class OpacusExpandedWeightsEngine(OpacusEngine):
         from opacus.grad_sample import GradSampleModuleExpandedWeights
 
         self._handles = [
-            module.register_forward_hook(_want_contiguous_gradient)
+            module.register_forward_hook(want_contiguous_gradient)
             for module in self.model.modules()
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         ] + [
-            module.register_forward_pre_hook(_refuse_flat_indices(name))
+            module.register_forward_pre_hook(refuse_flat_indices(name))
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Embedding) and module.weight.requires_grad
         ]
         return GradSampleModuleExpandedWeights(self.model, loss_reduction="mean")
+
+    def accumulate(self, loss_fn: LossFn, batch: Batch) -> Tensor | None:
+        """Do as every engine does; say in one line what ExpandedWeights cannot handle."""
+        try:
+            return super().accumulate(loss_fn, batch)
+        except RuntimeError as error:
+            if "xpanded Weights" not in str(error):
+                raise
+            raise UnsupportedModelError(f"model: opacus-ew cannot run on it: {' '.join(str(error).split())}") from error
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -355,6 +356,7 @@ class OpacusGhostEngine(_OpacusBase):
 
         self._announce("backward")
         self._num_examples = losses.shape[0]
+        self._check_first_forward(losses)
         DPTensorFastGradientClipping(self._wrapped, self._optimizer, losses, "mean").backward()
         norms: Tensor = self._wrapped.per_sample_gradient_norms.detach()
         self._sum_virtually()
@@ -378,7 +380,7 @@ class OpacusGhostEngine(_OpacusBase):
         """Return `ghost` where Opacus has a norm sampler, else `direct` or `functorch`."""
         from opacus.grad_sample import GradSampleModuleFastGradientClipping as Ghost
 
-        reason = _refusal(module)
+        reason = refusal(module)
         if reason is not None:
             return "none", reason
         if type(module) in Ghost.NORM_SAMPLERS:

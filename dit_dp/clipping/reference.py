@@ -14,6 +14,7 @@ from dit_dp.clipping.batch import (
     num_rows,
     trainable_parameters,
 )
+from dit_dp.errors import EngineStateError
 
 
 def clipped_sum(
@@ -37,6 +38,8 @@ def clipped_sum(
     trainable parameters. **Edge cases**: an example whose norm is not finite in float32 is dropped; an empty
     batch gives zeros.
     """
+    if hasattr(model, "_dit_dp_engine"):
+        raise EngineStateError("model: an engine is attached; the oracle needs the plain model, call detach() first")
     exact = copy.deepcopy(model).double()
     parameters = trainable_parameters(exact)
     rows = map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch)

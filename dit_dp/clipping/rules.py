@@ -24,6 +24,19 @@ def float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
+def matmul_float32(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b`` of two matrices, accumulated and returned in float32 where they are half precision.
+
+    A sum over examples rounded to bf16 would move by more than C when one example is removed, since the rounding
+    error grows with the sum and not with the example.
+    """
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
 # --- contributions ------------------------------------------------------------------------------------------
 
 
@@ -159,7 +172,7 @@ class Rule(ABC):
     def parameter_gradients(
         self, module: Any, x: Tensor, weight: Tensor | None, g: Tensor, needed: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the batch's gradients of (weight, bias) where needed."""
+        """Return the batch's gradients of (weight, bias) where needed, summed in float32 or better."""
 
 
 class LinearRule(Rule):
@@ -192,8 +205,8 @@ class LinearRule(Rule):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return ``g^T x`` and ``sum g`` over everything but features."""
         g2 = g.reshape(-1, g.shape[-1])
-        grad_weight = g2.T @ x.reshape(-1, x.shape[-1]) if needed[0] else None
-        return grad_weight, g2.sum(0) if needed[1] else None
+        grad_weight = matmul_float32(g2.T, x.reshape(-1, x.shape[-1])) if needed[0] else None
+        return grad_weight, float32(g2).sum(0) if needed[1] else None
 
 
 class Conv2dRule(Rule):
@@ -271,7 +284,7 @@ class Conv2dRule(Rule):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the convolution's own gradients."""
         assert weight is not None
-        _, grad_weight, grad_bias = self._backward(module, x, weight, g, [False, *needed])
+        _, grad_weight, grad_bias = self._backward(module, float32(x), float32(weight), float32(g), [False, *needed])
         return grad_weight, grad_bias
 
 
@@ -369,6 +382,7 @@ class ScaleRule(Rule):
         self, module: Any, x: Tensor, weight: Tensor | None, g: Tensor, needed: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the sums over examples."""
+        x, g = float32(x), float32(g)
         return (
             self._reduced(module, g * x, False) if needed[0] else None,
             self._reduced(module, g, False) if needed[1] else None,

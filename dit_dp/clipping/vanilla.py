@@ -30,7 +30,6 @@ class VanillaEngine(Engine):
             self._divisor = losses.shape[0]
         self._announce("backward")
         (losses.sum() / self._divisor).backward()  # type: ignore[no-untyped-call]
-        self._state = "accumulated"
 
     def _accumulate_nothing(self) -> None:
         super()._accumulate_nothing()

@@ -9,16 +9,29 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Images or latents with labels: `x` (M, C, H, W) float32, `labels` (M,) int64, and how many classes."""
+    """Images or latents with labels, as small as they come; a batch is brought to size when it is drawn.
+
+    Attributes:
+        x: (M, C', H', W') float32.
+        labels: (M,) int64.
+        num_classes: Number of labels.
+        channels: C, channels of a batch; C' or a multiple of it (grey images repeated).
+        size: H = W, side of a batch's images.
+    """
 
     x: Tensor
     labels: Tensor
     num_classes: int
+    channels: int
+    size: int
 
     def rows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return `count` examples drawn with replacement: (N, C, H, W) and (N,)."""
         index = torch.randint(0, self.x.shape[0], (count,), generator=generator)
-        return self.x[index], self.labels[index]
+        x = self.x[index]
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
+        return x.repeat(1, self.channels // x.shape[1], 1, 1), self.labels[index]
 
 
 def synthetic(*, size: int, channels: int, num_classes: int, count: int, seed: int = 0) -> ImageSet:
@@ -28,6 +41,8 @@ def synthetic(*, size: int, channels: int, num_classes: int, count: int, seed: i
         x=torch.randn(count, channels, size, size, generator=generator),
         labels=torch.randint(0, num_classes, (count,), generator=generator),
         num_classes=num_classes,
+        channels=channels,
+        size=size,
     )
 
 
@@ -44,5 +59,5 @@ def digits(*, size: int) -> ImageSet:
 
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float()[:, None] / 8 - 1  # (1797, 1, 8, 8), 0..16 to -1..1
-    resized = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
-    return ImageSet(x=resized.expand(-1, 3, -1, -1), labels=torch.from_numpy(bunch.target).long(), num_classes=10)
+    labels = torch.from_numpy(bunch.target).long()
+    return ImageSet(x=images, labels=labels, num_classes=10, channels=3, size=size)

@@ -97,10 +97,15 @@ def allocations(events: Sequence[Event]) -> list[Allocation]:
 
 
 def running_total(events: Sequence[Event]) -> list[int]:
-    """Return the bytes allocated after each event."""
-    total, totals = 0, []
+    """Return the bytes allocated after each event; releases of what was born before the log are skipped."""
+    total, totals, born = 0, [], set()
     for event in events:
-        total += event.size
+        if event.size > 0:
+            born.add(event.address)
+            total += event.size
+        elif event.address in born:
+            born.remove(event.address)
+            total += event.size
         totals.append(total)
     return totals
 

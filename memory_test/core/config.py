@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
@@ -99,14 +99,8 @@ class ExperimentConfig:
             raise UsageError.for_value("class_dropout_prob", self.class_dropout_prob, "a number from 0 to 1")
         if self.memory_limit_gib is not None:
             validate.real("memory_limit_gib", self.memory_limit_gib, positive=True)
-        for name, accepted in (
-            ("device", ("auto", "cuda", "cpu")),
-            ("dtype", ("float32", "bf16")),
-            ("optimizer", ("adamw", "adam", "sgd")),
-            ("optimizer_impl", ("auto", "foreach", "fused", "for-loop")),
-            ("data", ("synthetic", "digits")),
-        ):
-            validate.one_of(name, getattr(self, name), accepted)
+        for name in ("device", "dtype", "optimizer", "optimizer_impl", "data"):
+            validate.one_of(name, getattr(self, name), get_args(_HINTS[name]))
         self._check_shapes()
         self._check_combinations()
 
@@ -232,3 +226,6 @@ class ExperimentConfig:
         if self.optimizer_impl == "auto":
             resolved["optimizer_impl"] = "foreach" if device == "cuda" else "for-loop"
         return resolved
+
+
+_HINTS = get_type_hints(ExperimentConfig)

@@ -1,5 +1,6 @@
 """Where a measurement ran: device, versions, allocator, commit. Read once, in the worker."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -21,7 +22,7 @@ def capture(device: str) -> Environment:
     Args:
         device: ``cuda`` (the current device) or ``cpu``.
     """
-    commit, dirty = _commit()
+    commit, changes = _commit()
     common = {
         "torch_version": torch.__version__,
         "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
@@ -31,7 +32,8 @@ def capture(device: str) -> Environment:
         "num_cpus": psutil.cpu_count(logical=True) or 1,
         "total_memory_bytes": psutil.virtual_memory().total,
         "commit": commit,
-        "dirty": dirty,
+        "dirty": None if commit is None else changes is not None,
+        "changes": changes,
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -97,17 +99,17 @@ def _driver_version() -> str | None:
         return None
 
 
-def _commit() -> tuple[str | None, bool | None]:
-    """Return the commit of the source tree this package runs from, and whether it has changes."""
+def _commit() -> tuple[str | None, str | None]:
+    """Return the commit of the source tree this package runs from, and a digest of its changes."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None, None
     try:
         commit = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        changed = _git(root, "diff", "HEAD", "--", "dit_dp", "memory_test")
     except (OSError, subprocess.SubprocessError):
         return None, None
-    return commit, bool(changed)
+    return commit, hashlib.sha256(changed.encode()).hexdigest()[:16] if changed else None
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -15,7 +15,6 @@ from dit_dp.clipping.engine import Engine
 from dit_dp.training import make_optimizer, train_step
 from memory_test.core import breakdown as logs
 from memory_test.core.meters import END, Clock, MemoryReading, Meter, Times, memory_meter
-from memory_test.core.nvml import device_use
 from memory_test.core.schema import PHASES, PhaseRecord, Repeat
 from memory_test.core.workload import build_data, build_model, loss_function
 
@@ -40,7 +39,7 @@ def measure(resolved: dict[str, Any], on_progress: Callable[[str], None]) -> Mea
     """
     torch.set_num_threads(resolved["num_threads"])
     warmup, timed = resolved["warmup"], resolved["num_iter"]
-    clock = Clock(resolved["device"])
+    clock = Clock(resolved["device"], rss_step=1 + warmup)
     choices = run_loop(resolved, clock, 1 + warmup + timed, lambda phase: on_progress(f"timing: {phase}"))
     times = clock.read()
     peak_rss = _peak_rss_bytes()
@@ -142,14 +141,14 @@ def _summarise(reading: MemoryReading, times: Times, steady: range, peak_rss: in
         peak = max(held[0] for (step, _), held in reading.peaks.items() if step in later)
         first = max(held[0] for (step, _), held in reading.peaks.items() if step == 1)
         reserved = max(held[1] for held in reading.peaks.values())
-    use = device_use() if device == "cuda" else None
+    use = max(reading.device_use.values(), key=lambda u: u.used_bytes or 0) if reading.device_use else None
     return Repeat(
         first_step_peak_allocated_bytes=first,
         peak_allocated_bytes=peak,
         peak_reserved_bytes=reserved,
         process_bytes=use.process_bytes if use else None,
         device_used_bytes=use.used_bytes if use else None,
-        context_bytes=use.process_bytes - torch.cuda.memory_reserved() if use and use.process_bytes else None,
+        context_bytes=use.process_bytes - (reserved or 0) if use and use.process_bytes else None,
         memory_source=f"{reading.source}; {use.note}" if use else reading.source,
         peak_rss_bytes=peak_rss,
         first_step_s=times.steps.get(1),
@@ -170,9 +169,13 @@ def _phase(phase: str, reading: MemoryReading, totals: list[int], times: Times, 
     steps = [0] if phase == "model" else list(range(2, MEMORY_STEPS + 1))
     counted = [reading.peaks[step, phase] for step in steps if (step, phase) in reading.peaks]
     allocated = logs.peak_within(totals, logs.span(reading.log, steps, phase))[0] + reading.baseline
+    use = reading.device_use.get((steps[-1], phase))
     return PhaseRecord(
         peak_allocated_bytes=max(held[0] for held in counted) if counted else allocated,
         peak_reserved_bytes=max(held[1] for held in counted) if counted else None,
+        process_bytes=use.process_bytes if use else None,
+        device_used_bytes=use.used_bytes if use else None,
+        rss_bytes=times.rss.get(phase),
         time_s=times.phase_median(phase, steady),
     )
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Self
 
+import psutil
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dit_dp.clipping.engine import MEMORY_SCOPE
 from memory_test.core.breakdown import Event, Log, Mark, Tag
+from memory_test.core.nvml import DeviceUse, device_use
 
 END = "idle"
 """The mark that ends a step."""
@@ -45,12 +47,17 @@ class Meter(ABC):
 class Clock(Meter):
     """Times phases: CUDA events on CUDA, a monotonic clock elsewhere. Nothing is synchronised before `read`."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, rss_step: int = 1) -> None:
         self._cuda = device == "cuda"
         self._marks: list[tuple[int, str, Any]] = []
+        self._rss_step = rss_step
+        self._rss: dict[str, int] = {}
+        self._process = psutil.Process()
 
     def mark(self, step: int, phase: str) -> None:
-        """Note the time."""
+        """Note the time; in one untimed step also the resident set at the end of each phase."""
+        if self._marks and (self._marks[-1][0] == self._rss_step or (phase == "input" and step == 0)):
+            self._rss[self._marks[-1][1]] = self._process.memory_info().rss
         if self._cuda:
             event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
@@ -75,15 +82,16 @@ class Clock(Meter):
             by_step[step] = by_step.get(step, 0.0) + seconds
             if phase != "model":
                 steps[step] = steps.get(step, 0.0) + seconds
-        return Times(steps, phases)
+        return Times(steps, phases, self._rss)
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds by step, and by phase and step."""
+    """Seconds by step, and by phase and step; the resident set (bytes) at each phase's end."""
 
     steps: dict[int, float]
     phases: dict[str, dict[int, float]]
+    rss: dict[str, int]
 
     def phase_median(self, phase: str, steps: Iterable[int]) -> float | None:
         """Return the median time of a phase over steps; the model phase has only step 0."""
@@ -102,6 +110,7 @@ class MemoryReading:
     Attributes:
         log: Events, marks and tags.
         peaks: (allocated, reserved) bytes by (step, phase) from the allocator's own counters, where it has them.
+        device_use: What NVML said at the end of each (step, phase).
         baseline: Bytes allocated before the log began.
         kernels: Attention kernels that ran.
         source: Where the numbers come from, for the record.
@@ -109,6 +118,7 @@ class MemoryReading:
 
     log: Log
     peaks: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict)
+    device_use: dict[tuple[int, str], DeviceUse] = field(default_factory=dict)
     baseline: int = 0
     kernels: tuple[str, ...] = ()
     source: str = ""
@@ -217,6 +227,7 @@ class CudaMemoryMeter(MemoryMeter):
         self._baseline = torch.cuda.memory_allocated()
         self._positions: list[tuple[int, float]] = []
         self._peaks: dict[tuple[int, str], tuple[int, int]] = {}
+        self._device_use: dict[tuple[int, str], DeviceUse] = {}
         self._first: tuple[int, int] | None = None
         self._kernels: set[str] = set()
         self._kernel_profile: Any = None
@@ -228,6 +239,7 @@ class CudaMemoryMeter(MemoryMeter):
     def __exit__(self, *error: Any) -> None:
         torch.cuda.synchronize()
         self._close_phase()
+        self._counted = self._count() - self._origin
         self._snapshot = torch.cuda.memory._snapshot()
         torch.cuda.memory._record_memory_history(enabled=None)
 
@@ -243,6 +255,7 @@ class CudaMemoryMeter(MemoryMeter):
             now = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
             held = self._peaks.get(key, (0, 0))
             self._peaks[key] = (max(held[0], now[0]), max(held[1], now[1]))
+            self._device_use[key] = device_use()
         torch.cuda.reset_peak_memory_stats()
 
     def _note_position(self, index: int, step: int, phase: str) -> None:
@@ -266,13 +279,13 @@ class CudaMemoryMeter(MemoryMeter):
                 sign = 1 if entry["action"] == "alloc" else -1
                 scope = any(frame["name"] in _SCOPE_FUNCTIONS for frame in entry.get("frames", ()))
                 events.append(Event(entry["time_us"] / 1e6, entry["addr"], sign * entry["size"], scope))
-        marks = [
-            Mark(min(position, len(events)), when, *self._steps[index])
-            for index, (position, when) in enumerate(self._positions)
-        ]
+        if len(events) != self._counted:
+            raise RuntimeError(f"the allocator counted {self._counted} events and its history holds {len(events)}")
+        marks = [Mark(position, when, *self._steps[index]) for index, (position, when) in enumerate(self._positions)]
         return MemoryReading(
             Log(events, marks, self._tags),
             peaks=self._peaks,
+            device_use=self._device_use,
             baseline=self._baseline,
             kernels=_forward_only(self._kernels),
             source="CUDA caching allocator: peak counters and memory history",

@@ -26,10 +26,11 @@ BREAKDOWN = (
 )
 """Categories of `breakdown_bytes`, in the order in which they are stacked.
 
-saved_activations: born in the forward, alive after it. per_example_gradients: as the engine says.
-kept_for_clipping: held by the engine until the clipped sum exists (layer inputs, output gradients, norm and
-Gram buffers). other: attributed to an operator but to no category above (temporaries). unattributed: the
-remainder of the measured peak.
+saved_activations: born in the forward, alive after it, gone when its step ends. per_example_gradients: as the
+engine says. kept_for_clipping: norm and Gram buffers, and what else an engine says it holds for clipping alone; a
+layer's input that autograd saves anyway is a saved activation. other: born in an operator and in no category above:
+temporaries, library workspaces, activations that checkpointing recomputes. unattributed: the remainder of the
+measured peak.
 """
 
 STRICT = {"extra": "forbid", "strict": True}
@@ -37,12 +38,24 @@ STRICT = {"extra": "forbid", "strict": True}
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseRecord:
-    """Peak memory within a phase of a steady step (bytes) and its median time (s)."""
+    """Peak memory within a phase of a steady step (bytes) and its median time (s).
+
+    Attributes:
+        peak_allocated_bytes: Of the allocator.
+        peak_reserved_bytes: CUDA: held by the caching allocator.
+        process_bytes: CUDA: held by the process at the phase's end, by NVML.
+        device_used_bytes: CUDA: held by all processes at the phase's end, by NVML.
+        rss_bytes: Resident set at the phase's end, in the last untimed step of the timing pass.
+        time_s: Median over the timed steps.
+    """
 
     __pydantic_config__ = STRICT
 
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
+    process_bytes: int | None = None
+    device_used_bytes: int | None = None
+    rss_bytes: int | None = None
     time_s: float | None = None
 
 
@@ -93,11 +106,14 @@ class Environment:
     total_memory_bytes: int
     commit: str | None = None
     dirty: bool | None = None
+    changes: str | None = None
+    """Digest of the uncommitted changes to tracked files, if there are any."""
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that change a measurement, for hashing and comparing."""
-        skipped = {"dirty"}
-        return {name: value for name, value in vars(self).items() if name not in skipped}
+        sizes = ("device_memory_bytes", "total_memory_bytes")  # differ by a few pages from boot to boot
+        kept = {name: value for name, value in vars(self).items() if name != "dirty"}
+        return {name: round(value / 2**30) if name in sizes else value for name, value in kept.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,10 @@ def save_measured(record: Record, path: Path) -> None:
     try:
         save(record, path)
     except UsageError as error:
-        rescue = Path(tempfile.gettempdir()) / f"rescued-{path.name}"
         try:
+            rescue = Path(tempfile.mkdtemp(prefix="memory-test-rescued-")) / path.name
             save(record, rescue)
-        except UsageError:
+        except (OSError, UsageError):
             raise error from None
         raise UsageError(f"{error}; the record is kept as {rescue}") from error
 
@@ -116,8 +116,8 @@ def load(path: Path) -> Record:
     return record
 
 
-def load_folder(folder: Path) -> Iterator[tuple[Path, Record]]:
-    """Yield every record below a folder, by file name.
+def load_folder(folder: Path, only: Collection[Path] | None = None) -> Iterator[tuple[Path, Record]]:
+    """Yield every record below a folder, or `only` these files of it, by file name.
 
     Raises:
         UsageError: The folder is missing or holds no record, or a record is unreadable.
@@ -125,6 +125,7 @@ def load_folder(folder: Path) -> Iterator[tuple[Path, Record]]:
     if not folder.is_dir():
         raise UsageError.for_value("folder", str(folder), "an existing folder of records")
     paths = sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
+    paths = paths if only is None else [path for path in paths if path in only]
     if not paths:
         raise UsageError.for_value("folder", str(folder), "a folder that holds records", "run a sweep into it first")
     for path in paths:

@@ -26,6 +26,10 @@ def build_model(resolved: dict[str, Any]) -> nn.Module:
             in_channels=resolved["in_channels"],
             num_classes=resolved["num_classes"],
             pretrained=True,
+            latent_downsample=resolved["latent_downsample"],
+            class_dropout_prob=resolved["class_dropout_prob"],
+            learn_sigma=resolved["learn_sigma"],
+            activation_checkpointing=resolved["activation_checkpointing"],
         )
         return wrapper.train()
     from dit_dp.models.dit import DiT

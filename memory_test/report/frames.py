@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import statistics
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class Group:
     protocol: dict[str, list[Any]]
 
 
-def load_frame(folder: Path) -> pd.DataFrame:
+def load_frame(folder: Path, only: Collection[Path] | None = None) -> pd.DataFrame:
     """Read a folder of records into a table with one row per record.
 
     Columns: ``experiment``, ``status``, ``source``, the configuration's main fields, peaks (bytes), times
@@ -81,11 +81,12 @@ def load_frame(folder: Path) -> pd.DataFrame:
 
     Args:
         folder: Folder of one machine's records, searched recursively.
+        only: These files below it, if not all: a sweep's own, where older ones lie beside them.
 
     Raises:
         UsageError: No records, an unreadable one, or records of two devices or environments.
     """
-    loaded = [(path.relative_to(folder).as_posix(), record) for path, record in store.load_folder(folder)]
+    loaded = [(path.relative_to(folder).as_posix(), record) for path, record in store.load_folder(folder, only)]
     check_environment(record for _, record in loaded)
     device = next((r.environment.device_name for _, r in loaded if _is_measured(r) and r.environment), None)
     frame = pd.DataFrame([_row(path, record, device) for path, record in loaded])

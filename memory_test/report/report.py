@@ -1,6 +1,7 @@
 """Write a folder of records as a report: one page, Markdown, figures and a table."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +33,13 @@ class ReportPaths:
     figures: tuple[Path, ...]
 
 
-def write_report(folder: Path, output_dir: Path) -> ReportPaths:
+def write_report(folder: Path, output_dir: Path, only: Collection[Path] | None = None) -> ReportPaths:
     """Read the records below a folder and write a report.
 
     Args:
         folder: Records of one machine.
         output_dir: Where to write; created if its parent exists. Older files of the same names are replaced.
+        only: These files of the folder, if not all.
 
     Returns:
         The paths written.
@@ -45,7 +47,7 @@ def write_report(folder: Path, output_dir: Path) -> ReportPaths:
     Raises:
         UsageError: No or unreadable records, records that may not be put together, or nowhere to write.
     """
-    frame = load_frame(folder)
+    frame = load_frame(folder, only)
     pictures = _output_folder(output_dir)
     drawn: dict[str, list[tuple[Plate, str]]] = {}
     written: list[Path] = []

@@ -4,17 +4,18 @@ import dataclasses
 import itertools
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from dit_dp.errors import UsageError
 from memory_test.core.config import ExperimentConfig
 
 _FIELDS = {f.name: f for f in dataclasses.fields(ExperimentConfig)}
 _KEYS = ("name", "description", "base", "grid", "exclude", "cells")
-_FLOATS = {name for name, f in _FIELDS.items() if f.type in (float, float | None)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ def load_sweep(path: Path) -> Sweep:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError.for_value("sweep", str(path), "a readable YAML file", error.strerror) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError.for_value("sweep", str(path), "valid YAML", " ".join(str(error).split())) from error
     if not isinstance(data, dict):
         raise UsageError.for_value("sweep", str(path), "a mapping with base and grid")
@@ -65,6 +66,9 @@ def load_sweep(path: Path) -> Sweep:
     cells = [make_cell(path, {**base, **cell}) for cell in [*kept, *extra]]
     if not cells:
         raise UsageError.for_value("sweep", str(path), "at least one cell", "give grid, or cells")
+    devices = sorted({cell.device for cell in cells})
+    if len(devices) > 1:
+        raise UsageError.for_value(f"{path}: device", ", ".join(devices), "one device", "write a sweep for each")
     return Sweep(name=str(data.get("name", path.stem)), description=str(data.get("description", "")), cells=cells)
 
 
@@ -73,31 +77,27 @@ def make_cell(path: Path, values: dict[str, Any]) -> ExperimentConfig:
     for name, value in values.items():
         if name not in _FIELDS:
             raise UsageError.for_value(f"{path}: field", name, _FIELDS)
-        if name in _FLOATS and isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", value, re.IGNORECASE):
+        if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", value, re.IGNORECASE):
             raise UsageError.for_value(
                 f"{path}: {name}", value, "a number", "YAML reads 1e-4 as text; write 1.0e-4 instead"
             )
-        _check_type(f"{path}: {name}", name, value)
     if "experiment" not in values:
         raise UsageError.for_value(f"{path}: experiment", None, "a method", "put it into base or grid")
-    typed: dict[str, Any] = {n: float(v) if n in _FLOATS and isinstance(v, int) else v for n, v in values.items()}
-    return ExperimentConfig(**typed)
+    try:
+        cell: ExperimentConfig = _adapter().validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, UsageError):
+            raise UsageError(f"{path}: {cause}") from None
+        where = ".".join(str(part) for part in first["loc"][:1])
+        raise UsageError.for_value(f"{path}: {where}", first["input"], first["msg"]) from None
+    return cell
 
 
-def _check_type(where: str, name: str, value: Any) -> None:
-    """Refuse text for numbers, numbers for text and the like; ranges are the configuration's own to check."""
-    kind = str(_FIELDS[name].type)
-    is_bool = isinstance(value, bool)
-    accepted = (
-        (value is None and "None" in kind)
-        or (is_bool and "bool" in kind)
-        or (isinstance(value, int) and not is_bool and ("int" in kind or "float" in kind))
-        or (isinstance(value, float) and "float" in kind)
-        or (isinstance(value, str) and ("str" in kind or "Literal" in kind))
-    )
-    if not accepted:
-        plain = kind.replace("typing.", "").replace("<class '", "").replace("'>", "")
-        raise UsageError.for_value(where, value, plain)
+@cache
+def _adapter() -> "TypeAdapter[ExperimentConfig]":
+    return TypeAdapter(ExperimentConfig)
 
 
 def _mapping(path: Path, data: dict[str, Any], key: str) -> dict[str, Any]:

@@ -48,7 +48,6 @@ class Outcome:
     timed_out: bool
     phase: str | None
     stderr_tail: str
-    limit_bytes: int | None
 
 
 def run_cell(config: ExperimentConfig, *, usage_is_error: bool = False) -> Record:
@@ -93,12 +92,17 @@ def probe(config: ExperimentConfig) -> tuple[Environment, dict[str, Any]]:
 
 def cell_id(resolved: dict[str, Any], environment: Environment) -> str:
     """Return the identity of a cell: a hash of its resolved configuration and of where it runs."""
-    return _digest([resolved, environment.identity()])
+    return _digest([_measured_part(resolved), environment.identity()])
 
 
 def config_digest(resolved: dict[str, Any]) -> str:
     """Return the hash of a resolved configuration alone, for file names."""
-    return _digest(resolved)
+    return _digest(_measured_part(resolved))
+
+
+def _measured_part(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Return a resolved configuration without the limits, which decide whether there is a number, not which."""
+    return {name: value for name, value in resolved.items() if name not in ("timeout_s", "memory_limit_gib")}
 
 
 def _digest(data: Any) -> str:
@@ -138,7 +142,6 @@ def _work(config: ExperimentConfig, *, probe: bool, timeout_s: float) -> Outcome
             timed_out=timed_out,
             phase=PhaseLine.read(exchange.phase),
             stderr_tail=_tail(exchange.stderr),
-            limit_bytes=limit,
         )
 
 
@@ -195,8 +198,7 @@ def _record(config: ExperimentConfig, outcomes: list[Outcome]) -> Record:
     last = outcomes[-1]
     header = next((o.header for o in outcomes if o.header is not None), None)
     environment = Environment(**header["environment"]) if header else None
-    device = "cpu" if config.device == "auto" else config.device
-    resolved = header["resolved"] if header else config.resolve(device=device, num_threads=default_threads())
+    resolved = header["resolved"] if header else config.resolve(device=config.device, num_threads=default_threads())
     status = _status(last)
     answers = [o.answer for o in outcomes if o.answer is not None and o.answer["status"] == "ok"]
     repeats = [_repeat(answer["repeat"]) for answer in answers]
@@ -251,7 +253,7 @@ def _failure(outcome: Outcome) -> Failure:
         message=message,
         requested_bytes=answer.get("requested_bytes"),
         free_bytes=answer.get("free_bytes"),
-        limit_bytes=answer.get("limit_bytes") or outcome.limit_bytes,
+        limit_bytes=answer.get("limit_bytes"),
         exit_code=code,
         stderr_tail=outcome.stderr_tail,
     )
@@ -280,6 +282,9 @@ def _phases(repeats: list[Repeat]) -> dict[str, PhaseRecord]:
         name: PhaseRecord(
             peak_allocated_bytes=_largest([p.peak_allocated_bytes for p in phases]),
             peak_reserved_bytes=_largest([p.peak_reserved_bytes for p in phases]),
+            process_bytes=_largest([p.process_bytes for p in phases]),
+            device_used_bytes=_largest([p.device_used_bytes for p in phases]),
+            rss_bytes=_largest([p.rss_bytes for p in phases]),
             time_s=_median([p.time_s for p in phases]),
         )
         for name, phases in found.items()

@@ -3,9 +3,11 @@
 Whatever is caught becomes an answer; what cannot be caught (a signal, a limit) is the runner's to tell.
 """
 
+import ctypes
 import os
 import re
 import resource
+import signal
 import sys
 import traceback
 import warnings
@@ -15,6 +17,8 @@ from typing import Any
 from dit_dp.errors import UsageError
 from memory_test.sweep.messages import Exchange, PhaseLine, read_json, write_json
 
+_OUT_OF_MEMORY = "can't allocate|bad_alloc|CUDA error: out of memory|_STATUS_ALLOC_FAILED"
+_PR_SET_PDEATHSIG = 1
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -24,6 +28,7 @@ def main(folder: Path) -> None:
     request = read_json(exchange.request)
     line = PhaseLine(exchange.phase)
     line.set("start")
+    _die_with_parent()
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     limit = request["memory_limit_bytes"]
     try:
@@ -33,6 +38,12 @@ def main(folder: Path) -> None:
     except BaseException as error:  # noqa: BLE001  (the worker's boundary: everything becomes a record)
         answer = _failure(error, limit)
     write_json(exchange.answer, answer)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _serve(request: dict[str, Any], exchange: Exchange, line: PhaseLine, limit: int | None) -> dict[str, Any]:
@@ -68,9 +79,7 @@ def _failure(error: BaseException, limit: int | None) -> dict[str, Any]:
     text = " ".join(str(error).split())
     name = type(error).__name__
     out_of_memory = (
-        isinstance(error, MemoryError)
-        or name == "OutOfMemoryError"
-        or bool(re.search("can't allocate|bad_alloc", text))
+        isinstance(error, MemoryError) or name == "OutOfMemoryError" or bool(re.search(_OUT_OF_MEMORY, text))
     )
     traceback.print_exception(error, file=sys.stderr)
     answer: dict[str, Any] = {
@@ -82,10 +91,12 @@ def _failure(error: BaseException, limit: int | None) -> dict[str, Any]:
     }
     if out_of_memory:
         answer["requested_bytes"] = requested_bytes(text)
-        if name == "OutOfMemoryError":
+        if "CU" in text or name == "OutOfMemoryError":
             import torch
 
-            answer["free_bytes"], answer["limit_bytes"] = torch.cuda.mem_get_info()
+            free, answer["limit_bytes"] = torch.cuda.mem_get_info()
+            cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            answer["free_bytes"] = free + cached
         elif limit is not None:
             answer["free_bytes"], answer["limit_bytes"] = max(0, limit - _data_bytes()), limit
     return answer

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_dp.clipping import METHODS, attach
-from dit_dp.clipping.batch import clip_factors
+from dit_dp.clipping.batch import Batch, clip_factors
 from dit_dp.clipping.reference import clipped_sum
 from dit_dp.errors import EngineStateError, LossShapeError, UnsupportedModelError, UsageError
 from tests.models import make_case
@@ -280,11 +280,61 @@ def test_opacus_ghost_refuses_ties_and_unused_parameters() -> None:
         engine.accumulate(make_case("vectors").loss_fn, make_case("vectors").batch)
 
 
-def test_ghost_notices_a_weight_used_past_its_layer() -> None:
-    engine = attach(Reader(), "ghost")
+@pytest.mark.parametrize("method", PRIVATE)
+@pytest.mark.parametrize("lowered", [False, True])
+def test_a_weight_read_past_its_layer_is_refused(method: str, lowered: bool) -> None:
+    if lowered and not METHODS[method].supports_autocast:
+        return
+    engine = attach(Reader(), method)
     batch = (torch.randn(4, 6), torch.randn(4, 3))
-    with pytest.raises(UnsupportedModelError, match=r"layer\.weight is used outside"):
-        engine.accumulate(make_case("vectors").loss_fn, batch)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lowered):
+            return make_case("vectors").loss_fn(model, batch)
+
+    with pytest.raises(UnsupportedModelError, match=r"layer\.weight is used outside|xpanded Weights"):
+        engine.accumulate(loss_fn, batch)
+
+
+def test_a_failed_call_makes_the_sum_unusable() -> None:
+    case = make_case("vectors")
+    engine = attach(case.model, "ghost")
+    engine.accumulate(case.loss_fn, case.batch)
+
+    def failing(model: nn.Module, batch: Batch) -> Tensor:
+        case.loss_fn(model, batch)
+        raise MemoryError("planted")
+
+    with pytest.raises(MemoryError, match="planted"):
+        engine.accumulate(failing, case.batch)
+    with pytest.raises(EngineStateError, match="failed half way"):
+        engine.privatize(noise_multiplier=1.0, expected_batch_size=4)
+    with pytest.raises(EngineStateError, match="failed half way"):
+        engine.accumulate(case.loss_fn, case.batch)
+    engine.zero_grad()
+    engine.accumulate(case.loss_fn, case.batch)
+
+
+@pytest.mark.parametrize("method", PRIVATE)
+def test_a_step_after_a_failed_one_is_exact(method: str) -> None:
+    case = make_case("tokens")
+    wanted, _ = clipped_sum(case.model, case.loss_fn, case.batch, 0.5)
+    engine = attach(case.model, method, max_grad_norm=0.5)
+    with pytest.raises(LossShapeError):
+        engine.accumulate(lambda model, batch: case.loss_fn(model, batch)[:, None], case.batch)
+    engine.zero_grad()
+    engine.accumulate(case.loss_fn, case.batch)
+    engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
+    for name, parameter in engine.parameters.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad.double(), wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_oracle_refuses_a_model_with_an_engine() -> None:
+    case = make_case("vectors")
+    attach(case.model, "ghost")
+    with pytest.raises(EngineStateError, match="plain model"):
+        clipped_sum(case.model, case.loss_fn, case.batch, 1.0)
 
 
 def test_ghost_notices_a_leading_dimension_that_is_not_examples() -> None:
@@ -301,11 +351,18 @@ def test_ghost_notices_a_leading_dimension_that_is_not_examples() -> None:
         engine.accumulate(make_case("vectors").loss_fn, (torch.randn(4, 5, 6), torch.randn(4, 3)))
 
 
-def test_ghost_notices_a_parameter_frozen_after_attach() -> None:
+@pytest.mark.parametrize("method", ALL)
+def test_a_model_changed_after_attach_is_refused(method: str) -> None:
     case = make_case("vectors")
-    engine = attach(case.model, "ghost")
-    next(case.model.parameters()).requires_grad_(False)
-    with pytest.raises(EngineStateError, match="frozen after attach"):
+    engine = attach(case.model, method)
+    first = next(case.model.parameters())
+    first.requires_grad_(False)
+    with pytest.raises(EngineStateError, match=r"frozen or unfrozen after attach"):
+        engine.accumulate(case.loss_fn, case.batch)
+    first.requires_grad_(True)
+    state = {name: value.clone() for name, value in case.model.state_dict().items()}
+    case.model.load_state_dict(state, assign=True)
+    with pytest.raises(EngineStateError, match="replaced after attach"):
         engine.accumulate(case.loss_fn, case.batch)
 
 

@@ -105,9 +105,9 @@ def test_a_record_that_cannot_be_written_is_kept_elsewhere(tmp_path: Path, monke
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
-    with pytest.raises(UsageError, match=r"kept as .*rescued-r\.json"):
+    with pytest.raises(UsageError, match=r"kept as .*rescued-.*r\.json"):
         store.save_measured(make_record(), tmp_path / "gone" / "r.json")
-    assert store.load(elsewhere / "rescued-r.json") == make_record()
+    assert store.load(next(elsewhere.glob("*/r.json"))) == make_record()
 
 
 @pytest.mark.parametrize("name", ["missing/r.json", "."])
