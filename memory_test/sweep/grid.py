@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import re
 from dataclasses import dataclass, field
 from functools import cache
@@ -84,7 +85,7 @@ def make_cell(path: Path, values: dict[str, Any]) -> ExperimentConfig:
     if "experiment" not in values:
         raise UsageError.for_value(f"{path}: experiment", None, "a method", "put it into base or grid")
     try:
-        cell: ExperimentConfig = _adapter().validate_python(values)
+        cell: ExperimentConfig = _adapter().validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")

@@ -123,6 +123,49 @@ def test_a_cell_that_cannot_run_is_recorded_and_the_sweep_goes_on(tmp_path: Path
     assert (tmp_path / "d" / "report" / "report.html").exists()
 
 
+def test_the_report_of_an_edited_sweep_leaves_older_cells_alone(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(SWEEP.replace("[1, 2]", "[1]"))
+    assert run("sweep", "s.yaml", "--output-dir", "d", cwd=tmp_path).returncode == 0
+    for path in (tmp_path / "d").glob("*.json"):
+        data = json.loads(path.read_text())
+        data["environment"]["commit"] = "0" * 40
+        path.write_text(json.dumps(data))
+    (tmp_path / "s.yaml").write_text(SWEEP.replace("[1, 2]", "[3]"))
+    done = run("sweep", "s.yaml", "--output-dir", "d", "--report", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "d").glob("*.json"))) == 4
+    assert "2 ok" in done.stdout
+
+
+def test_a_worker_dies_with_its_parent(tmp_path: Path) -> None:
+    import psutil
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "memory_test.cli", "run", "--experiment", "vanilla", "--num-iter", "1000000", *TINY],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    workers: list[psutil.Process] = []
+    for _ in range(600):
+        workers = [p for p in psutil.Process(process.pid).children() if "libtorch_cpu" in _maps(p.pid)]
+        if workers:
+            break
+        time.sleep(0.05)
+    assert workers
+    process.kill()
+    process.wait()
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+
+
+def _maps(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return ""
+
+
 @pytest.mark.parametrize("arguments", [(), ("run",), ("sweep",), ("report",), ("inspect",)])
 def test_help_needs_no_torch(arguments: tuple[str, ...]) -> None:
     code = f"import sys; from memory_test.cli import main; main([*{arguments!r}, '--help'])"
@@ -146,7 +189,11 @@ def test_help_needs_no_torch(arguments: tuple[str, ...]) -> None:
         (("run", "--experiment", "ghost", "--output", "no/r.json"), "mkdir -p no"),
         (("sweep", "no.yaml", "--output-dir", "d"), "readable YAML"),
         (("sweep", "broken.yaml", "--output-dir", "d"), "valid YAML"),
+        (("sweep", "bytes.yaml", "--output-dir", "d"), "valid YAML"),
         (("sweep", "text.yaml", "--output-dir", "d"), "write 1.0e-4 instead"),
+        (("sweep", "type.yaml", "--output-dir", "d"), "batch_size"),
+        (("sweep", "range.yaml", "--output-dir", "d"), "batch_size: got 0"),
+        (("sweep", "devices.yaml", "--output-dir", "d"), "device: got 'cpu, cuda'"),
         (("sweep", "key.yaml", "--output-dir", "d"), "batchsize"),
         (("sweep", "good.yaml", "--output-dir", "no/d"), "mkdir -p"),
         (("sweep", "good.yaml", "--output-dir", "good.yaml"), "this is a file"),
@@ -159,6 +206,10 @@ def test_help_needs_no_torch(arguments: tuple[str, ...]) -> None:
 def test_mistakes_are_one_line_and_exit_code_2(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("base: [unclosed")
     (tmp_path / "good.yaml").write_text(SWEEP)
+    (tmp_path / "bytes.yaml").write_bytes(b"base: \xff\xfe")
+    (tmp_path / "type.yaml").write_text("base: {batch_size: four}\ngrid: {experiment: [ghost]}")
+    (tmp_path / "range.yaml").write_text("base: {batch_size: 0}\ngrid: {experiment: [ghost]}")
+    (tmp_path / "devices.yaml").write_text("grid: {experiment: [ghost], device: [cpu, cuda]}")
     (tmp_path / "text.yaml").write_text("base: {learning_rate: 1e-4}\ngrid: {experiment: [ghost]}")
     (tmp_path / "key.yaml").write_text("base: {batchsize: 4}\ngrid: {experiment: [ghost]}")
     for name, content in (("half", '{"schema_version": 1, "sta'), ("newer", '{"schema_version": 99}')):
