@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO ?= memory_test/sweeps/demo.yaml
 DEMO_DIR ?= results/runs/demo
 
-.PHONY: demo test test-full lint reference clean
+.PHONY: demo test test-full lint reference seeds clean
 
 demo: $(VENV)/.installed
 	@mkdir -p $(dir $(DEMO_DIR))
@@ -24,10 +24,19 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The committed CPU records: about 20 minutes on 2 cores that do nothing else.
+# The committed CPU records: about 12 minutes on 2 cores that do nothing else.
 reference: $(VENV)/.installed
 	mkdir -p results/cpu
 	$(BIN)/memory-test sweep memory_test/sweeps/cpu_small.yaml --output-dir results/cpu --report
+
+# The commands the project was started with, at full size. On a machine without some 50 GB the second ends, as it
+# should, in a record with status oom and exit code 1.
+seeds: $(VENV)/.installed
+	mkdir -p results/seeds
+	$(BIN)/python memory_test/diffusion_profile/single_experiment.py --experiment vanilla \
+	  --output results/seeds/vanilla-latent.json --image-size 256 --patch-size 2 --in-channels 4 --batch-size 1 --num-iter 3
+	-$(BIN)/python memory_test/diffusion_profile/single_experiment.py --experiment ghost \
+	  --output results/seeds/ghost-pixels.json --image-size 256 --patch-size 2 --in-channels 3 --batch-size 1 --num-iter 3
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

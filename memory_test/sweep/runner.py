@@ -35,6 +35,7 @@ from memory_test.sweep.messages import Exchange, PhaseLine, read_json, write_jso
 FREE_SHARE = 0.85
 """Share of the free memory that a CPU worker may take, so that the host stays alive."""
 _STDERR_LINES = 20
+_ROOT = Path(__file__).resolve().parents[2]
 _PROBE_TIMEOUT_S = 300.0
 
 
@@ -166,8 +167,7 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
 
 def _environment(threads: int) -> dict[str, str]:
     """Return the worker's environment: threads pinned, this source tree first on its path."""
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     return {**os.environ, **pinned, "PYTHONPATH": os.pathsep.join(paths), "KINETO_LOG_LEVEL": "99"}
 
@@ -187,7 +187,10 @@ def _memory_limit(config: ExperimentConfig) -> int:
 def _tail(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line for line in lines if "profiler_start" not in line and "profiler_stop" not in line]
-    return "\n".join(kept[-_STDERR_LINES:])
+    text = "\n".join(kept[-_STDERR_LINES:])
+    for folder in (sys.prefix, _ROOT):  # a record says nothing about where things lie
+        text = text.replace(f"{folder}{os.sep}", "")
+    return text
 
 
 # --- from outcomes to a record ----------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def _serve(request: dict[str, Any], exchange: Exchange, line: PhaseLine, limit: 
 
 def _failure(error: BaseException, limit: int | None) -> dict[str, Any]:
     """Describe a caught failure; out of memory is told by type and, on the CPU, by the allocator's message."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).split(" If reserved but unallocated")[0]
     name = type(error).__name__
     out_of_memory = (
         isinstance(error, MemoryError) or name == "OutOfMemoryError" or bool(re.search(_OUT_OF_MEMORY, text))

@@ -37,8 +37,8 @@ def test_every_method(method: str) -> None:
     assert repeat.peak_reserved_bytes is not None
     assert repeat.peak_reserved_bytes >= peak
     assert sum(repeat.breakdown_bytes.values()) == peak
-    # The allocator rounds to 512 bytes and hands out whole blocks of the large pool: under 2 %.
-    assert 0 <= repeat.breakdown_bytes["unattributed"] < 0.02 * peak
+    # The allocator rounds up to 512 bytes and leaves up to 1 MiB unsplit at the end of a large block.
+    assert 0 <= repeat.breakdown_bytes["unattributed"] < 0.05 * peak
     assert 0 <= repeat.breakdown_bytes["parameters"] - 4 * result.choices["num_parameters"] < 2**20
     assert result.choices["attention_kernels"]
 
