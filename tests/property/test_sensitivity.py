@@ -70,12 +70,8 @@ def test_others_do_not_change_an_examples_contribution(
     torch.testing.assert_close(with_rest - rest, alone, rtol=1e-3, atol=1e-4 * threshold)
 
 
-@pytest.mark.parametrize("method", OURS)
-def test_many_aligned_examples_under_bf16(method: str) -> None:
-    """A sum rounded to bf16 would move by the rounding of 1024 C, not of one example's C.
-
-    The bound's slack, 2 %, is five roundings of 2^-8 of the example's own operands.
-    """
+def largest_move_under_bf16(method: str) -> float:
+    """Return by how much removing one of 1024 nearly equal examples moves the clipped sum; C is 1."""
     torch.manual_seed(0)
     model, count = nn.Linear(32, 32), 1024
     x = torch.randn(32).expand(count, 32) + 0.01 * torch.randn(count, 32)
@@ -88,9 +84,24 @@ def test_many_aligned_examples_under_bf16(method: str) -> None:
 
     case = Case(model, batch, loss_fn)
     everyone = clipped(case, method, 1.0, list(range(count)))
-    for gone in (0, 17, 500, 1023):
-        rest = clipped(case, method, 1.0, [row for row in range(count) if row != gone])
-        assert float((everyone - rest).norm()) <= 1.02
+    return max(
+        float((everyone - clipped(case, method, 1.0, [row for row in range(count) if row != gone])).norm())
+        for gone in (0, 17, 500, 1023)
+    )
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_many_aligned_examples_under_bf16(method: str) -> None:
+    """A sum rounded to bf16 would move by the rounding of 1024 C, not of one example's C.
+
+    The bound's slack, 2 %, is five roundings of 2^-8 of the example's own operands.
+    """
+    assert largest_move_under_bf16(method) <= 1.02
+
+
+def test_opacus_ghost_under_bf16_moves_by_more_than_c() -> None:
+    """Named in docs/architecture.md; once this fails, Opacus has mended it and the sentence goes."""
+    assert largest_move_under_bf16("opacus-ghost") > 1.5
 
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=8), st.floats(1e-6, 1e6))
