@@ -128,7 +128,7 @@ def _work(config: ExperimentConfig, *, probe: bool, timeout_s: float) -> Outcome
         write_json(exchange.request, request)
         with exchange.stderr.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "memory_test.sweep.worker", name],
+                [sys.executable, "-P", "-m", "memory_test.sweep.worker", name],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
