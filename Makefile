@@ -24,7 +24,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The committed CPU records: about 12 minutes on 2 cores that do nothing else.
+# The committed CPU records: about 17 minutes on 2 cores that do nothing else.
 reference: $(VENV)/.installed
 	mkdir -p results/cpu
 	$(BIN)/memory-test sweep memory_test/sweeps/cpu_small.yaml --output-dir results/cpu --report

@@ -28,6 +28,12 @@ def real(name: str, value: object, *, positive: bool, fix: str | None = None) ->
         raise UsageError.for_value(name, value, f"a finite number {'> 0' if positive else '>= 0'}", fix)
 
 
+def at_least(name: str, value: object, minimum: float) -> None:
+    """Raise `UsageError` unless `value` is a number of at least `minimum`; infinity is one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= minimum:
+        raise UsageError.for_value(name, value, f"a number >= {minimum}")
+
+
 def divisible(name: str, value: int, divisor: int, fix: str) -> None:
     """Raise `UsageError` unless `divisor` divides `value`."""
     if value % divisor:

@@ -13,7 +13,7 @@ from dit_dp import validate
 from dit_dp.clipping.batch import Batch, LossFn, check_losses, num_rows, trainable_parameters
 from dit_dp.errors import EngineStateError, UsageError
 
-LayerRule = Literal["ghost", "direct", "outer product", "embedding", "functorch", "expanded weights", "none"]
+LayerRule = Literal["ghost", "direct", "outer product", "keep", "embedding", "functorch", "expanded weights", "none"]
 """How a layer's per-example norm is obtained; `none`: the method cannot run on it."""
 
 MEMORY_SCOPE = "dit_dp.clipping"

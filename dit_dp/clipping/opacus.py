@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_dp.clipping.batch import Batch, LossFn
+from dit_dp.clipping.contributions import float32
 from dit_dp.clipping.engine import Engine, LayerRule, memory_scope
 from dit_dp.clipping.peer_checks import (
     FirstForward,
@@ -19,7 +20,7 @@ from dit_dp.clipping.peer_checks import (
     refuse_flat_indices,
     want_contiguous_gradient,
 )
-from dit_dp.clipping.rules import COUPLED, float32
+from dit_dp.clipping.rules import COUPLED
 from dit_dp.errors import EngineStateError, UnsupportedModelError
 
 _EXPANDED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)

@@ -25,6 +25,7 @@ class Method:
         peer: Whether it is somebody else's implementation, measured for comparison.
         supports_checkpointing: Whether activation checkpointing leaves its gradients correct.
         supports_autocast: Whether it runs under bf16 autocast.
+        owns_forward: Whether it must run the forward itself, so that `Engine.backward` is refused.
     """
 
     engine: str
@@ -33,6 +34,7 @@ class Method:
     peer: bool = False
     supports_checkpointing: bool = True
     supports_autocast: bool = True
+    owns_forward: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -41,9 +43,18 @@ METHODS: dict[str, Method] = {
         summary="ordinary training, no clipping, no noise: the baseline of every ratio",
         private=False,
     ),
+    "bookkeeping": Method(
+        engine="dit_dp.clipping.bookkeeping:BookkeepingEngine",
+        summary="ours: exact, one backward pass that books what the clipped sum needs",
+    ),
     "ghost": Method(
         engine="dit_dp.clipping.ghost:GhostEngine",
         summary="ours: exact two-pass ghost clipping, per-example gradients never stored",
+    ),
+    "microbatch": Method(
+        engine="dit_dp.clipping.microbatch:MicrobatchEngine",
+        summary="the plain loop: one example at a time, whatever the layers",
+        owns_forward=True,
     ),
     "opacus": Method(
         engine="dit_dp.clipping.opacus:OpacusEngine",

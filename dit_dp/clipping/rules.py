@@ -1,146 +1,16 @@
 """One rule per layer type: its forward, its gradients, and what one call contributes to per-example norms.
 
 Shapes: N examples, T positions (tokens, patches), d inputs, p outputs, D features.
-
-A layer's weight gradient for example i is a sum over positions and over every call of the layer. A call adds
-one contribution per parameter; contributions to one parameter, also through tied weights, are joined before the
-norm is taken, so that cross terms count.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SCRATCH_BYTES = 64 * 2**20
-"""Examples are taken together as long as their Gram matrices or gradients stay below this."""
-
-
-def float32(tensor: Tensor) -> Tensor:
-    """Return half-precision tensors as float32, others as they are: norms are never accumulated below it."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def matmul_float32(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b`` of two matrices, accumulated and returned in float32 where they are half precision.
-
-    A sum over examples rounded to bf16 would move by more than C when one example is removed, since the rounding
-    error grows with the sum and not with the example.
-    """
-    if a.dtype not in (torch.bfloat16, torch.float16):
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-# --- contributions ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Outer:
-    """Per-example gradient ``g_i^T a_i`` of a weight seen as a (p, d) matrix; a (N, T, d), g (N, T, p)."""
-
-    a: Tensor
-    g: Tensor
-
-    def gradients(self, shape: torch.Size) -> Tensor:
-        """Return the per-example gradients, (N, *shape)."""
-        return torch.bmm(float32(self.g).transpose(1, 2), float32(self.a)).view(-1, *shape)
-
-    def squared_norms(self) -> Tensor:
-        """Return ``|g_i^T a_i|_F^2``, (N,), by the rule that needs fewer operations.
-
-        ghost (Li et al. 2021, arXiv 2110.05679): ``sum((a_i a_i^T) * (g_i g_i^T))``, T^2 (d + p) multiply-adds;
-        direct: the product itself, T d p; at T = 1: ``|a_i|^2 |g_i|^2``.
-        """
-        rows, positions, width = self.a.shape
-        rule = self.rule(positions, width, self.g.shape[2])
-        if rule == "outer product":
-            a, g = float32(self.a), float32(self.g)
-            return a.square().sum((1, 2)) * g.square().sum((1, 2))
-        per_example = (2 * positions**2 if rule == "ghost" else width * self.g.shape[2]) * 4
-        together = max(1, SCRATCH_BYTES // per_example)
-        parts = []
-        for start in range(0, rows, together):
-            a = float32(self.a[start : start + together])
-            g = float32(self.g[start : start + together])
-            if rule == "ghost":
-                gram = torch.bmm(a, a.transpose(1, 2)).mul_(torch.bmm(g, g.transpose(1, 2)))
-                parts.append(gram.sum((1, 2)))
-            else:
-                parts.append(torch.bmm(g.transpose(1, 2), a).square_().sum((1, 2)))
-        return torch.cat(parts).clamp(min=0)  # a Gram sum of a zero gradient can round below zero
-
-    @staticmethod
-    def rule(positions: int, width: int, out_width: int) -> str:
-        """Return the rule for these shapes."""
-        if positions == 1:
-            return "outer product"
-        return "ghost" if positions * (width + out_width) < width * out_width else "direct"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Per-example gradient of an embedding table: rows g (N, T, D) added at indices (N, T)."""
-
-    index: Tensor
-    g: Tensor
-
-    def gradients(self, shape: torch.Size) -> Tensor:
-        """Return the per-example gradients, (N, *shape)."""
-        g = float32(self.g)
-        out = g.new_zeros(g.shape[0], *shape)
-        return out.scatter_add_(1, self.index[..., None].expand_as(g), g)
-
-    def squared_norms(self) -> Tensor:
-        """Return squared norms, (N,): products of rows that fall on the same index, without the table."""
-        g = float32(self.g)
-        if g.shape[1] == 1:
-            return g.square().sum((1, 2))
-        same = self.index[:, :, None] == self.index[:, None, :]
-        return (torch.bmm(g, g.transpose(1, 2)) * same).sum((1, 2)).clamp(min=0)
-
-
-@dataclass(frozen=True)
-class Direct:
-    """Per-example gradients themselves, (N, *shape): biases and scales, which are small."""
-
-    value: Tensor
-
-    def gradients(self, shape: torch.Size) -> Tensor:
-        """Return the per-example gradients, (N, *shape)."""
-        return float32(self.value).view(-1, *shape)
-
-    def squared_norms(self) -> Tensor:
-        """Return squared norms, (N,)."""
-        return float32(self.value).flatten(1).square().sum(1)
-
-
-Contribution = Outer | Rows | Direct
-
-
-def joined_squared_norms(contributions: list[Contribution], shape: torch.Size) -> Tensor:
-    """Return the squared norm of the sum of contributions to one parameter, (N,).
-
-    Several `Outer` of one weight are one `Outer` over the union of their positions; other mixtures (an
-    embedding tied to a linear) are added up as gradients.
-    """
-    if len(contributions) == 1:
-        return contributions[0].squared_norms()
-    outers = [c for c in contributions if isinstance(c, Outer)]
-    if len(outers) == len(contributions):
-        return Outer(torch.cat([c.a for c in outers], 1), torch.cat([c.g for c in outers], 1)).squared_norms()
-    total = contributions[0].gradients(shape)
-    for contribution in contributions[1:]:
-        total = total + contribution.gradients(shape)
-    return Direct(total).squared_norms()
-
-
-# --- rules --------------------------------------------------------------------------------------------------
+from dit_dp.clipping.contributions import Contribution, Direct, Outer, Rows, float32, matmul_float32
 
 
 class Rule(ABC):

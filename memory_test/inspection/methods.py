@@ -7,7 +7,8 @@ from torch import nn
 
 from dit_dp.clipping.engine import Engine
 from dit_dp.clipping.registry import METHODS, attach, engine_class
-from dit_dp.clipping.rules import COUPLED, Outer
+from dit_dp.clipping.rules import COUPLED
+from dit_dp.clipping.watched import WatchedEngine
 from dit_dp.errors import UsageError
 from memory_test.inspection.facts import Call, MethodVerdict, RuleUse
 from memory_test.inspection.fixes import replacement, split_reason
@@ -15,11 +16,6 @@ from memory_test.inspection.probe import Probe
 from memory_test.inspection.subject import users_code
 
 BY_SHAPE = "by shape"
-_GHOST_REASONS = {
-    "ghost": "Gram matrices of T positions, as T(d + p) < d·p",
-    "direct": "per-example gradient, then its norm, as T(d + p) ≥ d·p",
-    "outer product": "T = 1: |input| · |output gradient|",
-}
 
 
 @dataclass(frozen=True)
@@ -94,16 +90,16 @@ def _treatment(method: str, engine: type[Engine], layer: _Layer, probe: Probe) -
             return "none", problem, (replacement(layer.module) if check is _one_tensor else None) or fix
     if layer.inside is not None and method in _HOOKED:
         return "functorch", f"inside {layer.inside}, which vmap takes as a whole", ""
-    if method == "ghost" and rule in ("ghost", "embedding"):
-        return *_ghost_rule(rule, reason, layer, probe), ""
+    if issubclass(engine, WatchedEngine) and rule in ("ghost", "embedding"):
+        return *_rule_at_shape(engine, rule, reason, layer, probe), ""
     return rule, reason, ""
 
 
 # --- what the probe decides ---------------------------------------------------------------------------------------
 
 
-def _ghost_rule(rule: str, reason: str, layer: _Layer, probe: Probe) -> tuple[str, str]:
-    """Return the concrete rule of our ghost clipping at the shapes that were seen."""
+def _rule_at_shape(engine: type[WatchedEngine], rule: str, reason: str, layer: _Layer, probe: Probe) -> tuple[str, str]:
+    """Return the concrete rule of an engine of ours at the shapes that were seen."""
     weight = layer.module.get_parameter("weight")
     family = (layer, *layer.tied)
     if not weight.requires_grad:
@@ -117,10 +113,9 @@ def _ghost_rule(rule: str, reason: str, layer: _Layer, probe: Probe) -> tuple[st
     positions = sum(_positions(member.module, call) for member in family for call in member.calls)
     if positions == 0:
         why = "shapes unknown" if probe.failure else "the forward pass does not call it"
-        return BY_SHAPE, f"ghost, direct or outer product: {why}"
+        return BY_SHAPE, f"depends on its shapes: {why}"
     width, out_width = weight[0].numel(), weight.shape[0]
-    chosen = Outer.rule(positions, width, out_width)
-    return chosen, _GHOST_REASONS[chosen]
+    return engine.norm_rule(positions, width, out_width)
 
 
 def _positions(module: nn.Module, call: Call) -> int:
@@ -205,6 +200,8 @@ _HOOKS: tuple[Check, ...] = (_by_keyword, _one_tensor, _first_dimension, _unused
 _REUSE: tuple[Check, ...] = (_called_again, _tied)
 CHECKS: dict[str, tuple[Check, ...]] = {
     "ghost": (_first_dimension, _read_outside),
+    "bookkeeping": (_first_dimension, _read_outside),
+    "microbatch": (),
     "opacus": _HOOKS,
     "opacus-functorch": _HOOKS,
     "opacus-ew": (_flat_indices, _first_dimension, _unused),

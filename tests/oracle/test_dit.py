@@ -46,6 +46,7 @@ def error_of(method: str, model: nn.Module, batch: Batch, **options: object) -> 
     engine = attach(model, method, max_grad_norm=threshold, **options)
     engine.accumulate(OBJECTIVE, batch)
     engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
+    object.__setattr__(model, "_last_engine", engine)
     off = sum(float((p.grad.double() - wanted[n]).square().sum()) for n, p in engine.parameters.items())  # type: ignore[union-attr]
     return (off / sum(float(w.square().sum()) for w in wanted.values())) ** 0.5
 
@@ -68,11 +69,22 @@ def test_dit_of_few_tokens(method: str, patch_size: int) -> None:
     assert error_of(method, tiny_dit(patch_size=patch_size, in_channels=3), draw(channels=3)) < 1e-5
 
 
-def test_every_norm_rule_was_exercised() -> None:
+@pytest.mark.parametrize(
+    ("method", "options", "rules"),
+    [
+        ("ghost", {}, {"ghost", "direct", "outer product"}),
+        ("bookkeeping", {}, {"ghost", "keep", "outer product"}),
+        ("bookkeeping", {"keep_up_to": 0.0}, {"ghost", "outer product"}),
+        ("bookkeeping", {"keep_up_to": float("inf")}, {"keep", "outer product"}),
+    ],
+)
+def test_every_norm_rule_is_exercised_and_none_changes_the_gradient(
+    method: str, options: dict[str, float], rules: set[str]
+) -> None:
     model = tiny_dit(hidden_size=96)
-    engine = attach(model, "ghost")
-    engine.accumulate(OBJECTIVE, draw())
-    assert set(engine.choices()["norm_rules"]) == {"ghost", "direct", "outer product"}
+    assert error_of(method, model, draw(), **options) < 1e-5
+    engine = model._last_engine  # type: ignore[union-attr]
+    assert set(engine.choices()["norm_rules"]) == rules
 
 
 @pytest.mark.parametrize("method", [m for m in PRIVATE if METHODS[m].supports_checkpointing])

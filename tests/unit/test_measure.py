@@ -149,25 +149,25 @@ def in_per_example_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_kept_for_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = GhostEngine._take_norm
+    original = GhostEngine._settle
 
-    def take(self: GhostEngine, parameter: nn.Parameter) -> None:
+    def take(self: GhostEngine, parameter: nn.Parameter, parts: list[Any]) -> None:
         planted = plant()
-        original(self, parameter)
+        original(self, parameter, parts)
         del planted
 
-    monkeypatch.setattr(GhostEngine, "_take_norm", take)
+    monkeypatch.setattr(GhostEngine, "_settle", take)
 
 
 def in_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = GhostEngine._measure
+    original = GhostEngine._backward_for_norms
 
-    def backward(self: GhostEngine, losses: Tensor) -> None:
+    def backward(self: GhostEngine, losses: Tensor, **options: bool) -> None:
         planted = plant()
-        original(self, losses)
+        original(self, losses, **options)
         del planted
 
-    monkeypatch.setattr(GhostEngine, "_measure", backward)
+    monkeypatch.setattr(GhostEngine, "_backward_for_norms", backward)
 
 
 @pytest.mark.parametrize(

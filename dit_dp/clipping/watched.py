@@ -1,0 +1,243 @@
+"""Layers under watch: what `ghost` and `bookkeeping` share.
+
+While an engine is attached, each covered module's forward is replaced by one that runs `_WatchedCall`. Its
+backward computes the input's gradient and hands the layer's input and output gradient to the engine, which says what
+the parameters' gradients are: those of the weighted losses, or none at all.
+"""
+
+import types
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dit_dp.clipping.contributions import Contribution
+from dit_dp.clipping.engine import Engine, LayerRule, memory_scope
+from dit_dp.clipping.rules import COUPLED, Rule, rule_for
+from dit_dp.errors import UnsupportedModelError
+
+
+class WatchedLayer:
+    """A covered module: its name, its rule and the engine that watches it."""
+
+    def __init__(self, name: str, module: nn.Module, rule: Rule, engine: "WatchedEngine") -> None:
+        self.name, self.module, self.rule, self.engine = name, module, rule, engine
+        self.weight: nn.Parameter | None = getattr(module, "weight", None)
+        self.bias: nn.Parameter | None = getattr(module, "bias", None)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Return its parameters that take gradients."""
+        return [p for p in (self.weight, self.bias) if p is not None and p.requires_grad]
+
+
+class _WatchedCall(torch.autograd.Function):
+    """One call of a layer, whose backward asks the engine for the parameters' gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: WatchedLayer,
+        lowered: torch.dtype | None,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.layer, ctx.lowered = layer, lowered
+        ctx.save_for_backward(x, weight)
+        return layer.rule.compute(layer.module, x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = gradients
+        layer: WatchedLayer = ctx.layer
+        x, weight = ctx.saved_tensors
+        lowered = weight if weight is None or ctx.lowered is None else weight.to(ctx.lowered)
+        needs_input, *needed = ctx.needs_input_grad[2:]
+        grad_x = layer.rule.input_gradient(layer.module, x, lowered, g) if needs_input else None
+        grad_weight, grad_bias = layer.engine.parameter_gradients(layer, x, lowered, g, (needed[0], needed[1]))
+        return None, None, grad_x, _like(grad_weight, layer.weight), _like(grad_bias, layer.bias)
+
+
+def _like(gradient: Tensor | None, parameter: nn.Parameter | None) -> Tensor | None:
+    """Return a gradient in its parameter's dtype."""
+    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype autocast asks for on this tensor's device, if it is on and the tensor floats."""
+    device = x.device.type
+    active = torch.is_autocast_enabled(device) and (x.is_floating_point() and x.dtype != torch.float64)
+    return torch.get_autocast_dtype(device) if active else None
+
+
+class WatchedEngine(Engine):
+    """A method that sees the input and the output gradient of every call of every layer.
+
+    Handles modules called more than once, tied and frozen parameters, activation checkpointing and autocast
+    (norms in float32). A trainable parameter that no rule covers is an error, never a silent zero.
+    """
+
+    method: ClassVar[str]
+
+    def _attach(self) -> None:
+        self._squares: Tensor | None = None
+        self._in_backward = False
+        self._calls: dict[nn.Parameter, int] = {}
+        self._parts: dict[nn.Parameter, list[Contribution]] = {}
+        self._rules_used: dict[str, str] = {}
+        self._names = {parameter: name for name, parameter in self.parameters.items()}
+        self._layers = cover(self.model, self)
+        for layer in self._layers:
+            layer.module.forward = types.MethodType(_watched_forward(layer), layer.module)
+
+    def _detach(self) -> None:
+        for layer in self._layers:
+            del layer.module.forward
+
+    @abstractmethod
+    def parameter_gradients(
+        self, layer: WatchedLayer, x: Tensor, weight: Tensor | None, g: Tensor, needed: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return what autograd is to add to the `.grad` of (weight, bias) for one call."""
+
+    @classmethod
+    @abstractmethod
+    def norm_rule(cls, positions: int, width: int, out_width: int) -> tuple[LayerRule, str]:
+        """Return how a (p, d) weight's norm over T positions is taken by default, and why."""
+
+    @abstractmethod
+    def _settle(self, parameter: nn.Parameter, parts: list[Contribution]) -> None:
+        """Take a parameter's norm, all of whose calls were seen."""
+
+    def _backward_for_norms(self, losses: Tensor, *, retain_graph: bool) -> None:
+        """Back-propagate the sum of losses; what reaches `.grad` meanwhile went past the layers."""
+        earlier = {name: p.grad for name, p in self.parameters.items()}
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self._squares = losses.new_zeros(losses.shape[0], dtype=torch.promote_types(losses.dtype, torch.float32))
+        try:
+            torch.autograd.backward(losses, torch.ones_like(losses), retain_graph=retain_graph)
+            foreign = [name for name, p in self.parameters.items() if p.grad is not None]
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.grad = earlier[name]
+        if foreign:
+            raise UnsupportedModelError(
+                f"model: parameter {foreign[0]} is used outside its layer's forward, so its per-example gradient "
+                f"is unknown; call the layer instead of reading its weight, or freeze it"
+            )
+        for parameter in list(self._parts):  # a call whose output the loss does not use
+            self._settle(parameter, self._parts.pop(parameter))
+
+    def _forget(self) -> None:
+        """Drop what one pass left behind, also after a failure."""
+        self._in_backward = False
+        self._squares = None
+        self._calls.clear()
+        self._parts.clear()
+
+    # --- called by layers -----------------------------------------------------------------------------------
+
+    def expect(self, layer: WatchedLayer) -> None:
+        """Count a call in the forward pass; recomputation under checkpointing does not count."""
+        if not self._in_backward:
+            for parameter in layer.trainable():
+                self._calls[parameter] = self._calls.get(parameter, 0) + 1
+
+    def observe(self, layer: WatchedLayer, x: Tensor, g: Tensor) -> None:
+        """Take what one call contributes; settle a parameter once all its calls were seen."""
+        assert self._squares is not None
+        if x.shape[0] != self._squares.shape[0]:
+            raise UnsupportedModelError(
+                f"model: layer {layer.name} got an input whose first dimension is {x.shape[0]}, but there are "
+                f"{self._squares.shape[0]} examples; make the first dimension the examples'"
+            )
+        with memory_scope():
+            parts = layer.rule.contributions(layer.module, x, g)
+            for parameter, part in zip((layer.weight, layer.bias), parts, strict=True):
+                if parameter is None or part is None:
+                    continue
+                self._parts.setdefault(parameter, []).append(part)
+                self._calls[parameter] = self._calls.get(parameter, 1) - 1
+                if self._calls[parameter] <= 0:
+                    self._settle(parameter, self._parts.pop(parameter))
+
+    # --- what people ask ------------------------------------------------------------------------------------
+
+    def choices(self) -> dict[str, Any]:
+        """Return how many weights used which norm rule in the last step."""
+        counts: dict[str, int] = {}
+        for rule in self._rules_used.values():
+            counts[rule] = counts.get(rule, 0) + 1
+        return {"norm_rules": dict(sorted(counts.items()))}
+
+    @classmethod
+    def layer_rule(cls, module: nn.Module) -> tuple[LayerRule, str]:
+        """Return the rule by type; whether a linear is `ghost` or `direct` depends on its shapes."""
+        reason = refusal(module)
+        if reason is not None:
+            return "none", reason
+        rule = rule_for(module)
+        assert rule is not None
+        if rule.name == "embedding":
+            return "embedding", "rows only"
+        if rule.name == "norm":
+            return "direct", "as small as the parameters"
+        return "ghost", "or direct or outer product, whichever needs fewer operations at its shape"
+
+
+def _watched_forward(layer: WatchedLayer) -> Callable[..., Tensor]:
+    """Return the forward that replaces a module's own while the engine is attached."""
+    original = type(layer.module).forward
+
+    def forward(module: nn.Module, input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            result: Tensor = original(module, input)
+            return result
+        layer.engine.expect(layer)
+        x = layer.rule.prepare(module, input)
+        lowered = None if layer.rule.name == "norm" else _autocast_dtype(x)
+        x = x if lowered is None else x.to(lowered)
+        output: Tensor = _WatchedCall.apply(layer, lowered, x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+        return output
+
+    return forward
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Return why a module with parameters of its own (or that couples examples) is not covered, or `None`."""
+    if isinstance(module, COUPLED):
+        return "it mixes the examples of a batch; use GroupNorm or LayerNorm"
+    raw = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
+    rule = rule_for(module)
+    if rule is None:
+        names = ", ".join(raw)
+        return (
+            f"no rule for {type(module).__name__} with parameters of its own ({names}); "
+            f"build it of Linear, Conv2d, Embedding and norm layers, or freeze them"
+        )
+    if set(raw) - {"weight", "bias"}:
+        return f"extra parameters {', '.join(sorted(set(raw) - {'weight', 'bias'}))}; move them to a layer of their own"
+    return rule.check(module)
+
+
+def cover(model: nn.Module, engine: WatchedEngine) -> list[WatchedLayer]:
+    """Find a rule for every trainable parameter.
+
+    Raises:
+        UnsupportedModelError: Some module has none; names it, the reason and the fix.
+    """
+    layers = []
+    for name, module in model.named_modules():
+        trains = any(p.requires_grad for p in module.parameters(recurse=False))
+        if isinstance(module, COUPLED) or trains:
+            reason = refusal(module)
+            if reason is not None:
+                raise UnsupportedModelError(f"model: {engine.method} cannot run on layer {name or '(root)'}: {reason}")
+        if trains:
+            rule = rule_for(module)
+            assert rule is not None
+            layers.append(WatchedLayer(name, module, rule, engine))
+    return layers
