@@ -43,6 +43,8 @@ class _OpacusBase(Engine):
 
     sum_in_grad: ClassVar[bool] = False
     method: ClassVar[str]
+    held: ClassVar[tuple[tuple[str, str], ...]]
+    """Attributes that Opacus hangs on parameters, with their category in a breakdown."""
     _num_examples: int
 
     def _attach(self) -> None:
@@ -122,6 +124,14 @@ class _OpacusBase(Engine):
         self._state = "accumulated"
         return next(iter(self.parameters.values())).new_zeros(0)
 
+    def tracked_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what hangs on the parameters beside `.grad`."""
+        for parameter in self.parameters.values():
+            for attribute, category in self.held:
+                tensor = getattr(parameter, attribute, None)
+                if isinstance(tensor, Tensor):
+                    yield category, tensor
+
     def zero_grad(self) -> None:
         """Clear `.grad`, `.grad_sample` and `.summed_grad`, by Opacus's own `zero_grad`."""
         self._optimizer._is_last_step_skipped = False
@@ -163,6 +173,10 @@ class OpacusEngine(_OpacusBase):
     """
 
     method: ClassVar[str] = "opacus"
+    held: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("grad_sample", "per_example_gradients"),
+        ("summed_grad", "gradients"),
+    )
 
     def __init__(
         self,
@@ -198,14 +212,6 @@ class OpacusEngine(_OpacusBase):
             norms = _norms_of(parameter.grad_sample for parameter in self.parameters.values())  # type: ignore[attr-defined]
         self._sum_virtually()
         return norms
-
-    def tracked_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield `grad_sample` and `summed_grad`."""
-        for parameter in self.parameters.values():
-            if isinstance(getattr(parameter, "grad_sample", None), Tensor):
-                yield "per_example_gradients", parameter.grad_sample  # type: ignore[attr-defined]
-            if isinstance(getattr(parameter, "summed_grad", None), Tensor):
-                yield "gradients", parameter.summed_grad  # type: ignore[attr-defined]
 
     @classmethod
     def layer_rule(cls, module: nn.Module) -> tuple[LayerRule, str]:
@@ -292,6 +298,7 @@ class OpacusGhostEngine(_OpacusBase):
     """Opacus's ghost clipping: `DPLossFastGradientClipping` runs both backward passes."""
 
     method: ClassVar[str] = "opacus-ghost"
+    held: ClassVar[tuple[tuple[str, str], ...]] = (("_norm_sample", "kept_for_clipping"), ("summed_grad", "gradients"))
 
     def _wrap(self) -> Any:
         from opacus.grad_sample import GradSampleModuleFastGradientClipping
@@ -362,14 +369,6 @@ class OpacusGhostEngine(_OpacusBase):
         norms: Tensor = self._wrapped.per_sample_gradient_norms.detach()
         self._sum_virtually()
         return norms
-
-    def tracked_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield norm samples and `summed_grad`."""
-        for parameter in self.parameters.values():
-            if isinstance(getattr(parameter, "_norm_sample", None), Tensor):
-                yield "kept_for_clipping", parameter._norm_sample  # type: ignore[attr-defined]
-            if isinstance(getattr(parameter, "summed_grad", None), Tensor):
-                yield "gradients", parameter.summed_grad  # type: ignore[attr-defined]
 
     def _detach(self) -> None:
         for handle in self._handles:
