@@ -97,7 +97,9 @@ class BookkeepingEngine(WatchedEngine):
             return
         name = self._names[parameter]
         positions = sum(part.a.shape[1] for part in outers)
-        if _keeps(positions, parameter[0].numel(), parameter.shape[0], self.keep_up_to):
+        operand = outers[0].a.element_size()
+        limit = self.keep_up_to * operand / max(4, operand)  # gradients are float32 where operands are bf16
+        if _keeps(positions, parameter[0].numel(), parameter.shape[0], limit):
             total = outers[0].gradients(parameter.shape)
             for part in outers[1:]:
                 total += part.gradients(parameter.shape)
@@ -113,7 +115,7 @@ class BookkeepingEngine(WatchedEngine):
 
     @classmethod
     def norm_rule(cls, positions: int, width: int, out_width: int) -> tuple[LayerRule, str]:
-        """Return the rule under the default `keep_up_to`."""
+        """Return the rule under the default `keep_up_to`, for float32 operands."""
         if positions == 1:
             return "outer product", "T = 1: |input| · |output gradient|"
         if _keeps(positions, width, out_width, KEEP_UP_TO):
