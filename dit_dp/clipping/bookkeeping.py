@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dit_dp import validate
 from dit_dp.clipping.batch import clip_factors
-from dit_dp.clipping.contributions import Contribution, Direct, Outer, joined_squared_norms
+from dit_dp.clipping.contributions import Contribution, Direct, Outer, joined, joined_squared_norms
 from dit_dp.clipping.engine import LayerRule
 from dit_dp.clipping.watched import WatchedEngine, WatchedLayer
 
@@ -108,10 +108,10 @@ class BookkeepingEngine(WatchedEngine):
             self._book.append((parameter, kept))
             self._rules_used[name] = "keep"
             return
-        joined = outers[0] if len(outers) == 1 else Outer(*_concatenated(outers))
+        whole = joined(outers)
         self._rules_used[name] = "outer product" if positions == 1 else "ghost"
-        self._squares += joined.squared_norms() if positions == 1 else joined.tiled_squared_norms()
-        self._book.append((parameter, joined))
+        self._squares += whole.squared_norms() if positions == 1 else whole.tiled_squared_norms()
+        self._book.append((parameter, whole))
 
     @classmethod
     def norm_rule(cls, positions: int, width: int, out_width: int) -> tuple[LayerRule, str]:
@@ -135,8 +135,3 @@ class BookkeepingEngine(WatchedEngine):
 def _keeps(positions: int, width: int, out_width: int, keep_up_to: float) -> bool:
     """Return whether per-example gradients (d p) are kept rather than operands (T (d + p))."""
     return positions > 1 and width * out_width <= keep_up_to * positions * (width + out_width)
-
-
-def _concatenated(outers: list[Outer]) -> tuple[Tensor, Tensor]:
-    """Return the operands of several calls as those of one, over all their positions."""
-    return torch.cat([part.a for part in outers], 1), torch.cat([part.g for part in outers], 1)

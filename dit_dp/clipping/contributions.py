@@ -176,6 +176,13 @@ def _added(grad: Tensor | None, more: Tensor) -> Tensor:
     return more if grad is None else grad.add_(more.to(grad.dtype))
 
 
+def joined(outers: list[Outer]) -> Outer:
+    """Return several calls of one weight as one over the union of their positions."""
+    if len(outers) == 1:
+        return outers[0]
+    return Outer(torch.cat([part.a for part in outers], 1), torch.cat([part.g for part in outers], 1))
+
+
 def joined_squared_norms(contributions: list[Contribution], shape: torch.Size) -> Tensor:
     """Return the squared norm of the sum of contributions to one parameter, (N,).
 
@@ -186,7 +193,7 @@ def joined_squared_norms(contributions: list[Contribution], shape: torch.Size) -
         return contributions[0].squared_norms()
     outers = [c for c in contributions if isinstance(c, Outer)]
     if len(outers) == len(contributions):
-        return Outer(torch.cat([c.a for c in outers], 1), torch.cat([c.g for c in outers], 1)).squared_norms()
+        return joined(outers).squared_norms()
     total = contributions[0].gradients(shape)
     for contribution in contributions[1:]:
         total = total + contribution.gradients(shape)

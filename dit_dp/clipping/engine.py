@@ -39,8 +39,6 @@ class Engine(ABC):
     """
 
     private: ClassVar[bool] = True
-    sum_in_grad: ClassVar[bool] = True
-    """Whether `.grad` holds the clipped sum between `accumulate` and `privatize`."""
 
     def __init__(
         self, model: nn.Module, *, max_grad_norm: float, on_phase: Callable[[str], None] | None = None

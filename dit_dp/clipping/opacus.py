@@ -41,7 +41,6 @@ def _scoped(base: type) -> type:
 class _OpacusBase(Engine):
     """What both ways of using Opacus share."""
 
-    sum_in_grad: ClassVar[bool] = False
     method: ClassVar[str]
     held: ClassVar[tuple[tuple[str, str], ...]]
     """Attributes that Opacus hangs on parameters, with their category in a breakdown."""
@@ -62,6 +61,17 @@ class _OpacusBase(Engine):
             raise UnsupportedModelError(f"model: Opacus refuses it: {' '.join(str(error).split())}") from error
         self._first_forward: FirstForward | None = FirstForward(self.model, self.method)
         self._optimizer = self._make_optimizer(torch.optim.SGD(self.parameters.values(), lr=0.0))
+
+    @classmethod
+    def layer_rule(cls, module: nn.Module) -> tuple[LayerRule, str]:
+        """Return `none` for what Opacus cannot run on or gets wrong, else how it samples the layer."""
+        reason = refusal(module)
+        return ("none", reason) if reason is not None else cls._sampler(module)
+
+    @classmethod
+    @abstractmethod
+    def _sampler(cls, module: nn.Module) -> tuple[LayerRule, str]:
+        """Return how Opacus obtains the norm of a layer it can run on."""
 
     @abstractmethod
     def _wrap(self) -> Any:
@@ -214,13 +224,10 @@ class OpacusEngine(_OpacusBase):
         return norms
 
     @classmethod
-    def layer_rule(cls, module: nn.Module) -> tuple[LayerRule, str]:
-        """Return `direct` for hand-written samplers, `functorch` for the rest, `none` for layers with buffers."""
+    def _sampler(cls, module: nn.Module) -> tuple[LayerRule, str]:
+        """Return `direct` for hand-written samplers, `functorch` for the rest."""
         from opacus.grad_sample import GradSampleModule
 
-        reason = refusal(module)
-        if reason is not None:
-            return "none", reason
         if type(module) in GradSampleModule.GRAD_SAMPLERS:
             return "direct", "hand-written per-example gradient"
         return "functorch", "no hand-written sampler"
@@ -243,10 +250,9 @@ class OpacusFunctorchEngine(OpacusEngine):
         return _scoped(GradSampleModule)(self.model, force_functorch=True)
 
     @classmethod
-    def layer_rule(cls, module: nn.Module) -> tuple[LayerRule, str]:
-        """Return `functorch`, or `none` for what Opacus gets wrong."""
-        reason = refusal(module)
-        return ("none", reason) if reason is not None else ("functorch", "vmap over examples")
+    def _sampler(cls, module: nn.Module) -> tuple[LayerRule, str]:
+        """Return `functorch`, whatever the layer."""
+        return "functorch", "vmap over examples"
 
 
 class OpacusExpandedWeightsEngine(OpacusEngine):
@@ -376,13 +382,10 @@ class OpacusGhostEngine(_OpacusBase):
         super()._detach()
 
     @classmethod
-    def layer_rule(cls, module: nn.Module) -> tuple[LayerRule, str]:
+    def _sampler(cls, module: nn.Module) -> tuple[LayerRule, str]:
         """Return `ghost` where Opacus has a norm sampler, else `direct` or `functorch`."""
         from opacus.grad_sample import GradSampleModuleFastGradientClipping as Ghost
 
-        reason = refusal(module)
-        if reason is not None:
-            return "none", reason
         if type(module) in Ghost.NORM_SAMPLERS:
             return "ghost", "norm sampler"
         if type(module) in Ghost.GRAD_SAMPLERS:

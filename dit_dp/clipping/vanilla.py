@@ -17,7 +17,6 @@ class VanillaEngine(Engine):
     """
 
     private: ClassVar[bool] = False
-    sum_in_grad: ClassVar[bool] = False
 
     def _attach(self) -> None:
         self._divisor: int | None = None

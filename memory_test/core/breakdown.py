@@ -147,9 +147,10 @@ def breakdown(log: Log, position: int, measured_peak: int) -> dict[str, int]:
     Returns:
         Bytes by category; they add up to `measured_peak`.
     """
-    categories = _tagged(log)
+    born = allocations(log.events)
+    categories = _tagged(log, born)
     result = dict.fromkeys(BREAKDOWN, 0)
-    for allocation in allocations(log.events):
+    for allocation in born:
         if allocation.alive_at(position):
             result[categories.get((allocation.address, allocation.born)) or _by_life(log, allocation)] += (
                 allocation.size
@@ -158,16 +159,16 @@ def breakdown(log: Log, position: int, measured_peak: int) -> dict[str, int]:
     return result
 
 
-def _tagged(log: Log) -> dict[tuple[int, int], str]:
+def _tagged(log: Log, born: Sequence[Allocation]) -> dict[tuple[int, int], str]:
     """Return the winning tag of each tagged allocation, keyed by address and birth."""
     births: dict[int, list[Allocation]] = defaultdict(list)
-    for allocation in sorted(allocations(log.events), key=lambda item: item.born):
+    for allocation in sorted(born, key=lambda item: item.born):
         births[allocation.address].append(allocation)
     categories: dict[tuple[int, int], str] = {}
     for tag in log.tags:
         before = log.marks[tag.mark].position - 1
         candidates = births.get(tag.address, [])
-        index = bisect_right([item.born for item in candidates], before) - 1
+        index = bisect_right(candidates, before, key=lambda item: item.born) - 1
         if index < 0 or not candidates[index].alive_at(before):
             continue
         key = (tag.address, candidates[index].born)
@@ -177,11 +178,16 @@ def _tagged(log: Log) -> dict[tuple[int, int], str]:
     return categories
 
 
+def _mark_before(log: Log, position: int) -> int:
+    """Return the number of the phase that an event falls into; -1 before the first."""
+    return bisect_right(log.marks, position, key=lambda mark: mark.position) - 1
+
+
 def _by_life(log: Log, allocation: Allocation) -> str:
     """Return the category that birth and death imply."""
     if allocation.scope:
         return "kept_for_clipping"
-    index = bisect_right([mark.position for mark in log.marks], allocation.born) - 1
+    index = _mark_before(log, allocation.born)
     if index < 0:
         return "other"
     born_in = log.marks[index]
@@ -189,7 +195,7 @@ def _by_life(log: Log, allocation: Allocation) -> str:
         return born_in.phase
     if born_in.phase == "forward" and allocation.died is not None:
         end = log.marks[index + 1].position if index + 1 < len(log.marks) else len(log.events)
-        died_in = log.marks[bisect_right([mark.position for mark in log.marks], allocation.died) - 1]
+        died_in = log.marks[_mark_before(log, allocation.died)]
         if allocation.died >= end and died_in.step == born_in.step:
             return "saved_activations"  # what outlives its step is a library's workspace, not an activation
     return "other"

@@ -50,7 +50,7 @@ def measure(resolved: dict[str, Any], on_progress: Callable[[str], None]) -> Mea
     reading = meter.read()
     choices["attention_kernels"] = list(reading.kernels)
     steady = range(2 + warmup, 2 + warmup + timed)
-    return Measured(_summarise(reading, times, steady, peak_rss, resolved["device"]), choices)
+    return Measured(_summarise(reading, times, steady, peak_rss), choices)
 
 
 def run_loop(
@@ -128,7 +128,7 @@ def _choices(model: nn.Module, engine: Engine) -> dict[str, Any]:
     }
 
 
-def _summarise(reading: MemoryReading, times: Times, steady: range, peak_rss: int | None, device: str) -> Repeat:
+def _summarise(reading: MemoryReading, times: Times, steady: range, peak_rss: int | None) -> Repeat:
     """Put one process's observations into a record."""
     log = reading.log
     totals = logs.running_total(log.events)
