@@ -2,12 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_dp.clipping.batch import Batch
+
+DIFFUSERS: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 2,
+    "in_channels": 4,
+    "out_channels": 8,
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 10,
+}
+"""Arguments of the smallest `DiTTransformer2DModel` that has everything: 2 blocks, width 16, 16 tokens, 10 labels."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dit_dp.errors import UnsupportedModelError
 from dit_dp.models import DiT, DiTHuggingFaceWrapper
 from dit_dp.models.dit import randomize_zero_init_
 from dit_dp.objectives import DDPMObjective
+from tests.models import DIFFUSERS
 
 PRIVATE = [name for name, method in METHODS.items() if method.private]
 OBJECTIVE = DDPMObjective(learn_sigma=True, class_dropout_prob=0.5)
@@ -119,16 +120,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("dit")
-    model = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=5,
-    )
+    model = DiTTransformer2DModel(**{**DIFFUSERS, "attention_head_dim": 12, "num_embeds_ada_norm": 5})
     randomize_zero_init_(model, torch.Generator().manual_seed(1))
     model.save_pretrained(folder)
     return folder

@@ -16,7 +16,7 @@ from memory_test.inspection.facts import Inspection, MethodVerdict, RuleUse
 from memory_test.inspection.inspection import inspect_model, run_inspect
 from memory_test.inspection.render import WIDTH, render_json, render_text
 from memory_test.inspection.subject import Subject, build_subject
-from tests.models import KINDS, make_case
+from tests.models import DIFFUSERS, KINDS, make_case
 
 PRIVATE = [name for name, method in METHODS.items() if method.private]
 TINY = {"depth": 2, "hidden_size": 32, "num_heads": 2, "image_size": 64, "num_classes": 10}
@@ -266,16 +266,7 @@ def test_json_agrees_with_text(tiny: Inspection) -> None:
 
 def test_model_of_diffusers(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
-    diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=3,
-        in_channels=4,
-        out_channels=8,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-    ).save_pretrained(tmp_path)
+    diffusers.DiTTransformer2DModel(**{**DIFFUSERS, "num_layers": 3}).save_pretrained(tmp_path)
     args = InspectArgs(model=str(tmp_path), pretrained=True, image_size=64, num_classes=10)
     inspection = inspect_model(build_subject(args))
     assert inspection.shapes_unknown is None

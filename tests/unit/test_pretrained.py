@@ -15,21 +15,12 @@ from dit_dp.errors import UsageError
 from dit_dp.models.dit import DiT, randomize_zero_init_
 from dit_dp.models.pretrained import DiTHuggingFaceWrapper
 from dit_dp.models.weights import reference_to_diffusers
+from tests.models import DIFFUSERS
 
 diffusers = pytest.importorskip("diffusers")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIZES = {"depth": 2, "hidden_size": 16, "num_heads": 2}
-DIFFUSERS: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "num_layers": 2,
-    "in_channels": 4,
-    "out_channels": 8,
-    "sample_size": 8,
-    "patch_size": 2,
-    "num_embeds_ada_norm": 10,
-}
 
 
 @pytest.fixture(scope="module")

@@ -6,18 +6,9 @@ import torch
 from dit_dp.errors import UsageError
 from dit_dp.models.dit import DiT, randomize_zero_init_
 from dit_dp.models.weights import diffusers_to_reference, reference_to_diffusers, use_reference_numerics_
+from tests.models import DIFFUSERS
 
 SIZES = {"depth": 2, "hidden_size": 16, "num_heads": 2}
-DIFFUSERS: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "num_layers": 2,
-    "in_channels": 4,
-    "out_channels": 8,
-    "sample_size": 8,
-    "patch_size": 2,
-    "num_embeds_ada_norm": 10,
-}
 
 
 def reference() -> DiT:
