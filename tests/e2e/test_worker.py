@@ -14,6 +14,7 @@ import pytest
 from dit_dp.errors import UsageError
 from memory_test.core import store
 from memory_test.core.config import ExperimentConfig
+from memory_test.sweep.messages import Exchange, PhaseLine
 from memory_test.sweep.runner import cell_id, probe, run_cell
 from memory_test.sweep.worker import requested_bytes
 
@@ -34,11 +35,17 @@ def children() -> list[int]:
 
 
 def kill_when_measuring(found: list[int]) -> None:
-    """Send SIGKILL to the first worker that has imported torch and runs."""
-    for _ in range(600):
+    """Send SIGKILL to the first worker that says it is timing."""
+    import psutil
+
+    for _ in range(2400):
         for pid in children():
-            if Path(f"/proc/{pid}/maps").exists() and "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text():
-                time.sleep(1.0)
+            try:
+                exchange = Exchange(Path(psutil.Process(pid).cmdline()[-1]))
+                phase = PhaseLine.read(exchange.phase)
+            except (psutil.Error, OSError, IndexError):
+                continue
+            if phase is not None and phase.startswith("timing:"):
                 os.kill(pid, signal.SIGKILL)
                 found.append(pid)
                 return
