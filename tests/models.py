@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit_dp.clipping import METHODS, attach
 from dit_dp.clipping.batch import Batch
 
 DIFFUSERS: dict[str, Any] = {
@@ -116,6 +117,15 @@ class Frozen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bias_only(torch.relu(self.middle(self.first(x)))).flatten(1)
+
+
+def groups_of(model: nn.Module, method: str) -> list[list[str]] | None:
+    """Return the groups by which a method clips a model, for the oracle."""
+    if METHODS[method].flat:
+        return None
+    engine = attach(model, method)
+    engine.detach()
+    return engine.groups
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -53,6 +53,10 @@ def check_losses(losses: Tensor, num_examples: int | None = None) -> None:
         raise LossShapeError.for_value("loss", got, f"one loss per example, shape {wanted}", "reduce per example")
     if num_examples is not None and losses.shape[0] != num_examples:
         raise LossShapeError.for_value("loss", tuple(losses.shape), f"one loss per example, shape {wanted}")
+    if not losses.requires_grad:
+        raise LossShapeError.for_value(
+            "loss", "a constant", "losses with a graph", "compute them from the model's output, with gradients on"
+        )
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,10 +8,10 @@ The backward computes input gradients and norms, never a parameter's gradient. P
 - *keep*: the per-example gradients, N d p numbers, formed once: the norm reads them, the clipped sum is their
   weighted sum, and the layer's input and output gradient are freed at once; or
 - the layer's input and output gradient, N T (d + p) numbers: the norm comes from Gram matrices by their upper
-  triangle (0.625 T^2 (d + p) multiply-adds an example), and the clipped sum is one matrix product (T d p).
+  triangle (0.56 T^2 (d + p) multiply-adds an example), and the clipped sum is one matrix product (T d p).
 
 Operations over ordinary training: none with keep but two reads of the kept gradients; the Gram matrices otherwise,
-0.625 T (d + p) / (3 d p) of a layer's own. Memory at the end of the backward: what is booked, less the
+0.56 T (d + p) / (3 d p) of a layer's own. Memory at the end of the backward: what is booked, less the
 activations the backward has freed.
 """
 
@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from dit_dp import validate
-from dit_dp.clipping.batch import clip_factors
 from dit_dp.clipping.contributions import Contribution, Direct, Outer, joined, joined_squared_norms
 from dit_dp.clipping.engine import LayerRule
-from dit_dp.clipping.watched import WatchedEngine, WatchedLayer
+from dit_dp.clipping.watched import WatchedEngine
 
 KEEP_UP_TO = 1.25
 """Keeping spares the Gram matrices, 6 to 22 % of a step's operations, and is worth that much more memory."""
@@ -37,8 +36,8 @@ class BookkeepingEngine(WatchedEngine):
     Performance setting `keep_up_to`: per-example gradients of a weight are kept if they take at most this many times
     the memory of its input and output gradient; 0 never keeps, infinity always does.
 
-    **Guarantees**: adds at most C per example, up to float32 rounding; under bf16 the norm and the sum see the same
-    bf16 operands, so only their own rounding differs. **Edge cases**: as in `ghost`.
+    **Guarantees**: adds at most C per unit, up to float32 rounding, under bf16 too: the norm and the sum see the same
+    operands. **Edge cases**: as in `ghost`.
     """
 
     method: ClassVar[str] = "bookkeeping"
@@ -59,34 +58,13 @@ class BookkeepingEngine(WatchedEngine):
         self._book: list[tuple[nn.Parameter, Contribution]] = []
         super()._attach()
 
-    def _finish(self, losses: Tensor) -> Tensor:
-        self._announce("backward")
-        self._in_backward = True
-        try:
-            self._backward_for_norms(losses, retain_graph=False)
-            assert self._squares is not None
-            self._announce("clip")
-            norms = self._squares.sqrt()
-            factors = clip_factors(norms, self.max_grad_norm)
-            finite = torch.isfinite(norms)
-            keep = None if bool(finite.all()) else finite
-            with torch.no_grad():
-                while self._book:  # newest first, freed as it goes
-                    parameter, part = self._book.pop()
-                    total = part.add_clipped(parameter.grad, factors, parameter.shape, keep)
-                    parameter.grad = total.to(parameter.dtype)
-                    del part
-        finally:
-            self._book.clear()
-            self._forget()
-        return norms
+    def _sum(self, losses: Tensor) -> None:
+        while self._book:  # newest first, freed as it goes
+            self._add(*self._book.pop())
 
-    def parameter_gradients(
-        self, layer: WatchedLayer, x: Tensor, weight: Tensor | None, g: Tensor, needed: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Book the call; autograd is to add nothing."""
-        self.observe(layer, x, g)
-        return None, None
+    def _forget(self) -> None:
+        super()._forget()
+        self._book.clear()
 
     def _settle(self, parameter: nn.Parameter, parts: list[Contribution]) -> None:
         assert self._squares is not None
@@ -110,7 +88,7 @@ class BookkeepingEngine(WatchedEngine):
             return
         whole = joined(outers)
         self._rules_used[name] = "outer product" if positions == 1 else "ghost"
-        self._squares += whole.squared_norms() if positions == 1 else whole.tiled_squared_norms()
+        self._squares += whole.squared_norms("outer product" if positions == 1 else "ghost")
         self._book.append((parameter, whole))
 
     @classmethod

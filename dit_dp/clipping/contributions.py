@@ -1,6 +1,6 @@
 """What one call of a layer contributes to per-example gradients, and the norms and clipped sums taken from it.
 
-Shapes: N examples, T positions (tokens, patches), d inputs, p outputs, D features.
+Shapes: N examples (privacy units), T positions (tokens, patches), d inputs, p outputs, D features.
 
 A layer's weight gradient for example i is a sum over positions and over every call of the layer. A call adds
 one contribution per parameter; contributions to one parameter, also through tied weights, are joined before the
@@ -13,29 +13,40 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-TILES = 4
-"""Block rows of a Gram matrix that is taken by its upper triangle."""
+from dit_dp.clipping.units import Units
 
-SCRATCH_BYTES = 64 * 2**20
-"""Examples are taken together as long as their Gram matrices or gradients stay below this."""
+BLOCK_ROWS, MIN_BLOCK = 8, 32
+"""Block rows of a Gram matrix that is taken by its upper triangle, and the fewest positions of one."""
+
+GHOST_SHARE = (BLOCK_ROWS + 1) / (2 * BLOCK_ROWS)
+"""Operations of the upper triangle over those of both Gram matrices."""
+
+SCRATCH_BYTES = {False: 2**20, True: 64 * 2**20}
+"""Examples are taken together as long as their Gram matrices or gradients stay below this; by whether it is CUDA.
+
+On a CPU what fits into its second-level cache is fastest; on a GPU fewer, larger launches are."""
+
+OuterRule = Literal["ghost", "direct", "outer product"]
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 def float32(tensor: Tensor) -> Tensor:
     """Return half-precision tensors as float32, others as they are: norms are never accumulated below it."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
-def matmul_float32(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b`` of two matrices, accumulated and returned in float32 where they are half precision.
+def bmm_float32(a: Tensor, b: Tensor) -> Tensor:
+    """Return the batched product of two stacks of matrices, accumulated and returned in float32 or better.
 
-    A sum over examples rounded to bf16 would move by more than C when one example is removed, since the rounding
-    error grows with the sum and not with the example.
+    A sum rounded to bf16 would move by more than C when one example is removed, since the rounding error grows with
+    the sum and not with the example. Products of two bf16 numbers are exact in float32.
     """
-    if a.dtype not in (torch.bfloat16, torch.float16):
-        return a @ b
+    if a.dtype not in HALF:
+        return torch.bmm(a, b)
     if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
 
 
 @dataclass(frozen=True)
@@ -47,72 +58,79 @@ class Outer:
 
     def gradients(self, shape: torch.Size) -> Tensor:
         """Return the per-example gradients, (N, *shape)."""
-        return torch.bmm(float32(self.g).transpose(1, 2), float32(self.a)).view(-1, *shape)
+        return bmm_float32(self.g.transpose(1, 2), self.a).view(-1, *shape)
 
-    def squared_norms(self) -> Tensor:
-        """Return ``|g_i^T a_i|_F^2``, (N,), by the rule that needs fewer operations.
+    def by_unit(self, units: Units) -> "Outer":
+        """Return the contribution of units: the positions of a unit's rows are its positions."""
+        return Outer(units.gather(self.a).flatten(1, 2), units.gather(self.g).flatten(1, 2))
 
-        ghost (Li et al. 2021, arXiv 2110.05679): ``sum((a_i a_i^T) * (g_i g_i^T))``, T^2 (d + p) multiply-adds;
-        direct: the product itself, T d p; at T = 1: ``|a_i|^2 |g_i|^2``.
+    def squared_norms(self, rule: OuterRule | None = None) -> Tensor:
+        """Return ``|g_i^T a_i|_F^2``, (N,), by a rule; default: the one that needs fewest operations.
+
+        ghost (Li et al. 2021, arXiv 2110.05679): ``sum((a_i a_i^T) * (g_i g_i^T))``, by symmetry 0.56 T^2 (d + p)
+        multiply-adds; direct: the product itself, T d p; outer product, at T = 1: ``|a_i|^2 |g_i|^2``.
         """
-        rows, positions, width = self.a.shape
-        rule = self.rule(positions, width, self.g.shape[2])
+        _, positions, width = self.a.shape
+        rule = rule or self.rule(positions, width, self.g.shape[2])
         if rule == "outer product":
             a, g = float32(self.a), float32(self.g)
             return a.square().sum((1, 2)) * g.square().sum((1, 2))
-        per_example = (2 * positions**2 if rule == "ghost" else width * self.g.shape[2]) * 4
-        together = max(1, SCRATCH_BYTES // per_example)
-        parts = []
-        for start in range(0, rows, together):
-            a = float32(self.a[start : start + together])
-            g = float32(self.g[start : start + together])
-            if rule == "ghost":
-                gram = torch.bmm(a, a.transpose(1, 2)).mul_(torch.bmm(g, g.transpose(1, 2)))
-                parts.append(gram.sum((1, 2)))
-            else:
-                parts.append(torch.bmm(g.transpose(1, 2), a).square_().sum((1, 2)))
+        scratch = 8 * _block(positions) * positions if rule == "ghost" else 4 * width * self.g.shape[2]
+        together = max(1, SCRATCH_BYTES[self.a.is_cuda] // scratch)
+        norms = _ghost_norms if rule == "ghost" else _direct_norms
+        parts = [
+            norms(self.a[start : start + together], self.g[start : start + together])
+            for start in range(0, len(self.a), together)
+        ]
         return torch.cat(parts).clamp(min=0)  # a Gram sum of a zero gradient can round below zero
 
-    def tiled_squared_norms(self) -> Tensor:
-        """Return ``|g_i^T a_i|_F^2``, (N,), through the upper triangle of the Gram matrices in `TILES` block rows.
-
-        The Gram matrices are symmetric: block row j needs columns from its own on, which is (n + 1) / 2n of the
-        operations with n block rows, 0.625 of them with four.
-        """
-        rows, positions, _ = self.a.shape
-        block = -(-positions // TILES)
-        together = max(1, SCRATCH_BYTES // (2 * block * positions * 4))
-        parts = []
-        for start in range(0, rows, together):
-            a = float32(self.a[start : start + together])
-            g = float32(self.g[start : start + together])
-            total = a.new_zeros(a.shape[0])
-            for j in range(0, positions, block):
-                gram = torch.bmm(a[:, j : j + block], a[:, j:].transpose(1, 2))
-                gram.mul_(torch.bmm(g[:, j : j + block], g[:, j:].transpose(1, 2)))
-                total += 2 * gram.sum((1, 2)) - gram[:, :, :block].sum((1, 2))
-            parts.append(total)
-        return torch.cat(parts).clamp(min=0)
-
     def add_clipped(self, grad: Tensor | None, factors: Tensor, shape: torch.Size, keep: Tensor | None) -> Tensor:
-        """Return ``grad + sum_i c_i g_i^T a_i``; scales the narrower operand, never the one in place."""
+        """Return ``grad + sum_i c_i g_i^T a_i``; scales the narrower operand, never the one in place.
+
+        The weights are applied in float32, also to bf16 operands: rounding ``c_i a_i`` to bf16 would let a
+        contribution exceed C by up to 2^-8 |g_i| |a_i|, which cancellation over positions can make far more than 2^-8.
+        """
         a, g = self.a, self.g
         if keep is not None:
             a, g = torch.where(keep[:, None, None], a, 0), torch.where(keep[:, None, None], g, 0)
+        a, g = float32(a), float32(g)
         weights = factors[:, None, None].to(a.dtype)
         a, g = (a * weights, g) if a.shape[2] <= g.shape[2] else (a, g * weights)
         left, right = g.flatten(0, 1).T, a.flatten(0, 1)
         if grad is None or grad.dtype != left.dtype:
-            return _added(grad, matmul_float32(left, right).view(shape))
+            return _added(grad, (left @ right).view(shape))
         grad.view(left.shape[0], -1).addmm_(left, right)
         return grad
 
     @staticmethod
-    def rule(positions: int, width: int, out_width: int) -> Literal["ghost", "direct", "outer product"]:
-        """Return the rule for these shapes."""
+    def rule(positions: int, width: int, out_width: int) -> OuterRule:
+        """Return the rule that needs fewest operations for these shapes."""
         if positions == 1:
             return "outer product"
-        return "ghost" if positions * (width + out_width) < width * out_width else "direct"
+        ghost = GHOST_SHARE * positions * (width + out_width) < width * out_width
+        return "ghost" if ghost else "direct"
+
+
+def _block(positions: int) -> int:
+    """Return the positions of one block row."""
+    return max(MIN_BLOCK, -(-positions // BLOCK_ROWS))
+
+
+def _ghost_norms(a: Tensor, g: Tensor) -> Tensor:
+    """Return squared norms, (N,), from block rows of the Gram matrices, each from its own column block on."""
+    positions = a.shape[1]
+    block = _block(positions)
+    total = a.new_zeros(len(a), dtype=torch.promote_types(a.dtype, torch.float32))
+    for j in range(0, positions, block):
+        gram = bmm_float32(a[:, j : j + block], a[:, j:].transpose(1, 2))
+        gram.mul_(bmm_float32(g[:, j : j + block], g[:, j:].transpose(1, 2)))
+        total += 2 * gram.sum((1, 2)) - gram[:, :, :block].sum((1, 2))
+    return total
+
+
+def _direct_norms(a: Tensor, g: Tensor) -> Tensor:
+    """Return squared norms, (N,), of per-example gradients that are formed and dropped."""
+    return bmm_float32(g.transpose(1, 2), a).square_().sum((1, 2))
 
 
 @dataclass(frozen=True)
@@ -127,6 +145,10 @@ class Rows:
         g = float32(self.g)
         out = g.new_zeros(g.shape[0], *shape)
         return out.scatter_add_(1, self.index[..., None].expand_as(g), g)
+
+    def by_unit(self, units: Units) -> "Rows":
+        """Return the contribution of units; padding is a zero gradient at index 0."""
+        return Rows(units.gather(self.index).flatten(1, 2), units.gather(self.g).flatten(1, 2))
 
     def squared_norms(self) -> Tensor:
         """Return squared norms, (N,): products of rows that fall on the same index, without the table."""
@@ -155,6 +177,10 @@ class Direct:
     def gradients(self, shape: torch.Size) -> Tensor:
         """Return the per-example gradients, (N, *shape)."""
         return float32(self.value).view(-1, *shape)
+
+    def by_unit(self, units: Units) -> "Direct":
+        """Return the sums over each unit's rows."""
+        return Direct(units.sum(float32(self.value)))
 
     def squared_norms(self) -> Tensor:
         """Return squared norms, (N,)."""

@@ -11,6 +11,8 @@ from torch.profiler import record_function
 
 from dit_dp import validate
 from dit_dp.clipping.batch import Batch, LossFn, check_losses, num_rows, trainable_parameters
+from dit_dp.clipping.contributions import HALF
+from dit_dp.clipping.units import Units
 from dit_dp.errors import EngineStateError, UsageError
 
 LayerRule = Literal["ghost", "direct", "outer product", "keep", "embedding", "functorch", "expanded weights", "none"]
@@ -36,6 +38,11 @@ class Engine(ABC):
     step; `zero_grad`. Between `accumulate` and `privatize` the sum belongs to the engine: ours keep it in
     `.grad`, a peer where it likes. After `privatize` it is in `.grad`, noised and divided by the expected
     batch size.
+
+    Attributes:
+        parameters: What the optimizer takes, by name: the model's own, or a float32 master for each that is of half
+            precision. Sums and noise are in the masters' `.grad`; `zero_grad` writes the masters back into the model.
+        num_dropped: Units since the last step whose norm was not finite: dropped, their contribution is zero.
     """
 
     private: ClassVar[bool] = True
@@ -48,7 +55,11 @@ class Engine(ABC):
             raise EngineStateError("model: another engine is attached; call its detach() first")
         self.model = model
         self.max_grad_norm = float(max_grad_norm)
-        self.parameters = trainable_parameters(model)
+        self.model_parameters = trainable_parameters(model)
+        self.parameters = {name: _master(p) for name, p in self.model_parameters.items()}
+        self._units = Units(0, 0)
+        self._spent: object = None
+        self.num_dropped = 0
         self._announce = on_phase or _ignore_phase
         self._state: Literal["clean", "accumulated", "privatized", "failed"] = "clean"
         self._generator: torch.Generator | None = None
@@ -57,32 +68,33 @@ class Engine(ABC):
 
     # --- the step -------------------------------------------------------------------------------------------
 
-    def accumulate(self, loss_fn: LossFn, batch: Batch) -> Tensor | None:
-        """Run forward and backward; add the sum of clipped per-example gradients to what is accumulated.
+    def accumulate(self, loss_fn: LossFn, batch: Batch, row_to_unit: Tensor | None = None) -> Tensor | None:
+        """Run forward and backward; add the sum of clipped per-unit gradients to what is accumulated.
 
         Args:
-            loss_fn: Returns (N,) losses; draws nothing at random, so that every pass sees the same function.
-            batch: N rows; N = 0 is an empty Poisson batch and adds nothing.
+            loss_fn: Returns (U,) losses; draws nothing at random, so that every pass sees the same function.
+            batch: R rows; no row is an empty Poisson batch and adds nothing.
+            row_to_unit: (R,) integers, the privacy unit of each row; default: each row is one (U = R = N). In a dict
+                batch an entry of this name is renumbered where a method takes some of the units at a time.
 
         Returns:
-            (N,) norms of the per-example gradients before clipping, detached; `None` for `vanilla`.
+            (U,) norms of the per-unit gradients before clipping, detached; `None` where the method has none.
 
         Raises:
-            LossShapeError: The losses are not of shape (N,).
+            LossShapeError: The losses are not of shape (U,).
             EngineStateError: The last step's gradients were not cleared, or came from outside.
+            UsageError: `row_to_unit` is not a map of the rows onto 0 ... U - 1.
         """
         self._begin()
-        examples = num_rows(batch)
+        units = Units.of(num_rows(batch), row_to_unit)
         self._announce("forward")
-        if examples == 0:
+        if units.num_units == 0:
             return self._accumulate_nothing()
         with self._failing():
-            losses = loss_fn(self._callable_model(), batch)
-            check_losses(losses, examples)
-            return self._finish(losses)
+            return self._accumulate(loss_fn, batch, units)
 
     def backward(self, losses: Tensor) -> Tensor | None:
-        """Do the same for a forward pass that the caller ran.
+        """Do the same for a forward pass that the caller ran, where every row is a unit.
 
         Args:
             losses: (N,) per-example losses with their graph, from the model that `forward_model` returns.
@@ -94,7 +106,11 @@ class Engine(ABC):
         check_losses(losses)
         if losses.shape[0] == 0:
             return self._accumulate_nothing()
+        if losses.grad_fn is self._spent:
+            raise EngineStateError("backward: these losses were back-propagated already; run the forward again")
+        self._spent = losses.grad_fn
         with self._failing():
+            self._units = Units(losses.shape[0], losses.shape[0])
             return self._finish(losses)
 
     @property
@@ -133,9 +149,15 @@ class Engine(ABC):
         self._state = "privatized"
 
     def zero_grad(self) -> None:
-        """Clear gradients and whatever else the step left behind."""
+        """Clear gradients and whatever else the step left behind; write float32 masters back into the model."""
         for parameter in self.parameters.values():
             parameter.grad = None
+        with torch.no_grad():
+            for name, parameter in self.model_parameters.items():
+                if parameter is not self.parameters[name]:
+                    parameter.copy_(self.parameters[name])
+        self._spent = None
+        self.num_dropped = 0
         self._state = "clean"
 
     def detach(self) -> None:
@@ -149,6 +171,11 @@ class Engine(ABC):
     def tracked_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (category, tensor) for what the engine holds now beyond `.grad`; categories as in records."""
         yield from ()
+
+    @property
+    def groups(self) -> list[list[str]] | None:
+        """Names of parameters that are clipped together; `None`: all of them, flat clipping."""
+        return None
 
     def choices(self) -> dict[str, Any]:
         """Return what the engine decided by itself, for the record."""
@@ -172,6 +199,13 @@ class Engine(ABC):
     @abstractmethod
     def _detach(self) -> None:
         """Undo `_attach`."""
+
+    def _accumulate(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor | None:
+        """Run the forward on all rows, then `_finish`."""
+        self._units = units
+        losses = loss_fn(self._callable_model(), batch)
+        check_losses(losses, units.num_units)
+        return self._finish(losses)
 
     def _callable_model(self) -> nn.Module:
         """Return what `loss_fn` is given."""
@@ -218,8 +252,8 @@ class Engine(ABC):
     def _check_model(self) -> None:
         """Refuse a model whose trainable parameters are not those that were attached."""
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad != (self.parameters.get(name) is parameter):
-                what = "replaced" if name in self.parameters and parameter.requires_grad else "frozen or unfrozen"
+            if parameter.requires_grad != (self.model_parameters.get(name) is parameter):
+                what = "replaced" if name in self.model_parameters and parameter.requires_grad else "frozen or unfrozen"
                 raise EngineStateError(f"model: {name} was {what} after attach; detach, change the model, attach again")
 
     def _begin(self) -> None:
@@ -229,7 +263,7 @@ class Engine(ABC):
             raise EngineStateError("accumulate: an earlier call failed half way, so the sum is lost; call zero_grad")
         if self._state == "accumulated":
             return
-        for name, parameter in self.parameters.items():
+        for name, parameter in (*self.parameters.items(), *self.model_parameters.items()):
             if parameter.grad is not None:
                 reason = (
                     "the last step was not cleared"
@@ -249,3 +283,8 @@ def require_no_noise(noise_multiplier: float) -> None:
             "0",
             "without clipping, noise has no scale and protects nobody",
         )
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    """Return the parameter, or a float32 copy of one of half precision."""
+    return nn.Parameter(parameter.detach().float()) if parameter.dtype in HALF else parameter

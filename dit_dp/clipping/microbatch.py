@@ -10,9 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dit_dp.clipping.batch import Batch, LossFn, check_losses, clip_factors, map_tensors, num_rows
+from dit_dp.clipping.batch import Batch, LossFn, check_losses, clip_factors
+from dit_dp.clipping.contributions import float32
 from dit_dp.clipping.engine import Engine, LayerRule
 from dit_dp.clipping.rules import COUPLED
+from dit_dp.clipping.units import Units
 from dit_dp.errors import EngineStateError, UnsupportedModelError
 
 
@@ -36,20 +38,16 @@ class MicrobatchEngine(Engine):
     def _detach(self) -> None:
         return None
 
-    def accumulate(self, loss_fn: LossFn, batch: Batch) -> Tensor | None:
-        """Clip and add one example after the other; phases alternate as examples do."""
-        self._begin()
-        examples = num_rows(batch)
-        if examples == 0:
-            self._announce("forward")
-            return self._accumulate_nothing()
+    def _accumulate(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor:
+        """Clip and add one unit after the other; phases alternate as units do."""
         norms = []
-        with self._failing():
-            for index in range(examples):
+        for index in range(units.num_units):
+            if index:
                 self._announce("forward")
-                losses = loss_fn(self.model, map_tensors(lambda t, i=index: t[i : i + 1], batch))  # type: ignore[misc]
-                check_losses(losses, 1)
-                norms.append(self._finish(losses))
+            one, _ = units.take(batch, index, index + 1)
+            losses = loss_fn(self.model, one)
+            check_losses(losses, 1)
+            norms.append(self._finish(losses))
         return torch.cat(norms)
 
     def backward(self, losses: Tensor) -> Tensor | None:
@@ -58,15 +56,19 @@ class MicrobatchEngine(Engine):
 
     def _finish(self, losses: Tensor) -> Tensor:
         self._announce("backward")
-        parameters = list(self.parameters.values())
-        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(losses[0], parameters, allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            losses[0], list(self.model_parameters.values()), allow_unused=True
+        )
         self._announce("clip")
-        flat = [g.reshape(-1) for g in gradients if g is not None]
+        found = [None if g is None else float32(g) for g in gradients]
+        flat = [g.reshape(-1) for g in found if g is not None]
         squares = [g.dot(g).reshape(1) for g in flat]
         norm = torch.cat(squares).sum(0, keepdim=True).sqrt() if squares else losses.new_zeros(1)
         factor = clip_factors(norm, self.max_grad_norm)
-        if bool(torch.isfinite(norm)):
-            for parameter, gradient in zip(parameters, gradients, strict=True):
+        if not bool(torch.isfinite(norm)):
+            self.num_dropped += 1
+        else:
+            for parameter, gradient in zip(self.parameters.values(), found, strict=True):
                 if gradient is None:
                     continue
                 if parameter.grad is None:

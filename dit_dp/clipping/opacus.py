@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_dp.clipping.batch import Batch, LossFn
-from dit_dp.clipping.contributions import float32
+from dit_dp.clipping.contributions import HALF, float32
 from dit_dp.clipping.engine import Engine, LayerRule, memory_scope
 from dit_dp.clipping.peer_checks import (
     FirstForward,
@@ -21,7 +21,8 @@ from dit_dp.clipping.peer_checks import (
     want_contiguous_gradient,
 )
 from dit_dp.clipping.rules import COUPLED
-from dit_dp.errors import EngineStateError, UnsupportedModelError
+from dit_dp.clipping.units import Units
+from dit_dp.errors import EngineStateError, UnsupportedModelError, UsageError
 
 _EXPANDED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
 """Layers for which PyTorch's ExpandedWeights has a rule (torch/nn/utils/_expanded_weights)."""
@@ -47,6 +48,12 @@ class _OpacusBase(Engine):
     _num_examples: int
 
     def _attach(self) -> None:
+        for name, parameter in self.model_parameters.items():
+            if parameter.dtype in HALF:
+                raise UnsupportedModelError(
+                    f"model: {self.method} would add up in {parameter.dtype} what {name} gets; use float32 parameters "
+                    f"and bf16 autocast, or a method of ours"
+                )
         for name, module in self.model.named_modules():
             trains = any(p.requires_grad for p in module.parameters(recurse=False))
             if trains or isinstance(module, COUPLED):
@@ -91,6 +98,13 @@ class _OpacusBase(Engine):
         super()._begin()
         if self._state == "accumulated":  # a virtual step: what BatchMemoryManager's users call in between
             self._optimizer.zero_grad(set_to_none=True)
+
+    def _accumulate(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor | None:
+        if units.row_to_unit is not None:
+            raise UsageError.for_value(
+                "row_to_unit", "a map", "None", f"{self.method} takes every row for an example; use a method of ours"
+            )
+        return super()._accumulate(loss_fn, batch, units)
 
     def _check_first_forward(self, losses: Tensor) -> None:
         """Refuse, once, weights that are read where Opacus cannot see it."""
@@ -274,10 +288,10 @@ class OpacusExpandedWeightsEngine(OpacusEngine):
         ]
         return GradSampleModuleExpandedWeights(self.model, loss_reduction="mean")
 
-    def accumulate(self, loss_fn: LossFn, batch: Batch) -> Tensor | None:
+    def _accumulate(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor | None:
         """Do as every engine does; say in one line what ExpandedWeights cannot handle."""
         try:
-            return super().accumulate(loss_fn, batch)
+            return super()._accumulate(loss_fn, batch, units)
         except RuntimeError as error:
             if "xpanded Weights" not in str(error):
                 raise

@@ -25,6 +25,7 @@ class Method:
         peer: Whether it is somebody else's implementation, measured for comparison.
         supports_checkpointing: Whether activation checkpointing leaves its gradients correct.
         supports_autocast: Whether it runs under bf16 autocast.
+        flat: Whether the norm that is clipped is that of the whole gradient; if not, results of two methods differ.
         owns_forward: Whether it must run the forward itself, so that `Engine.backward` is refused.
     """
 
@@ -34,6 +35,7 @@ class Method:
     peer: bool = False
     supports_checkpointing: bool = True
     supports_autocast: bool = True
+    flat: bool = True
     owns_forward: bool = False
 
 
@@ -50,6 +52,11 @@ METHODS: dict[str, Method] = {
     "ghost": Method(
         engine="dit_dp.clipping.ghost:GhostEngine",
         summary="ours: exact two-pass ghost clipping, per-example gradients never stored",
+    ),
+    "per_layer": Method(
+        engine="dit_dp.clipping.per_layer:PerLayerEngine",
+        summary="ours: each layer clipped to C / sqrt(layers); another mechanism than flat clipping",
+        flat=False,
     ),
     "microbatch": Method(
         engine="dit_dp.clipping.microbatch:MicrobatchEngine",

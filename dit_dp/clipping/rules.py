@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_dp.clipping.contributions import Contribution, Direct, Outer, Rows, float32, matmul_float32
+from dit_dp.clipping.contributions import Contribution, Direct, Outer, Rows, float32
 
 
 class Rule(ABC):
@@ -38,12 +38,6 @@ class Rule(ABC):
     def contributions(self, module: Any, x: Tensor, g: Tensor) -> tuple[Contribution | None, Contribution | None]:
         """Return what this call adds to the per-example gradients of (weight, bias), if they train."""
 
-    @abstractmethod
-    def parameter_gradients(
-        self, module: Any, x: Tensor, weight: Tensor | None, g: Tensor, needed: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the batch's gradients of (weight, bias) where needed, summed in float32 or better."""
-
 
 class LinearRule(Rule):
     """``nn.Linear`` with any leading dimensions, the first of which is examples."""
@@ -69,14 +63,6 @@ class LinearRule(Rule):
             Outer(a, g) if module.weight.requires_grad else None,
             Direct(float32(g).sum(1)) if trains_bias else None,
         )
-
-    def parameter_gradients(
-        self, module: nn.Linear, x: Tensor, weight: Tensor | None, g: Tensor, needed: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return ``g^T x`` and ``sum g`` over everything but features."""
-        g2 = g.reshape(-1, g.shape[-1])
-        grad_weight = matmul_float32(g2.T, x.reshape(-1, x.shape[-1])) if needed[0] else None
-        return grad_weight, float32(g2).sum(0) if needed[1] else None
 
 
 class Conv2dRule(Rule):
@@ -149,14 +135,6 @@ class Conv2dRule(Rule):
         trains_bias = module.bias is not None and module.bias.requires_grad
         return weight, Direct(float32(flat).sum(2)) if trains_bias else None
 
-    def parameter_gradients(
-        self, module: nn.Conv2d, x: Tensor, weight: Tensor | None, g: Tensor, needed: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the convolution's own gradients."""
-        assert weight is not None
-        _, grad_weight, grad_bias = self._backward(module, float32(x), float32(weight), float32(g), [False, *needed])
-        return grad_weight, grad_bias
-
 
 class EmbeddingRule(Rule):
     """``nn.Embedding`` with indices (N,) or (N, ...)."""
@@ -193,14 +171,6 @@ class EmbeddingRule(Rule):
         rows = x.shape[0]
         return Rows(x.reshape(rows, -1), g.reshape(rows, -1, g.shape[-1])), None
 
-    def parameter_gradients(
-        self, module: nn.Embedding, x: Tensor, weight: Tensor | None, g: Tensor, needed: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Add rows into a zero table."""
-        assert weight is not None
-        g = self._masked(module, x, g).to(weight.dtype)
-        return torch.zeros_like(weight).index_add_(0, x.reshape(-1), g.reshape(-1, g.shape[-1])), None
-
 
 class ScaleRule(Rule):
     """The affine part of ``LayerNorm``, ``RMSNorm`` and ``GroupNorm``; the normalisation stays autograd's."""
@@ -221,13 +191,13 @@ class ScaleRule(Rule):
         return parameter.view(-1, *[1] * (x.dim() - 2)) if isinstance(module, nn.GroupNorm) else parameter
 
     @staticmethod
-    def _reduced(module: Any, value: Tensor, keep_examples: bool) -> Tensor:
-        """Sum over all dimensions but the parameter's (and the examples')."""
+    def _reduced(module: Any, value: Tensor) -> Tensor:
+        """Sum over all dimensions but the examples' and the parameter's."""
         if isinstance(module, nn.GroupNorm):
             kept = {1}
         else:
             kept = set(range(value.dim() - len(module.normalized_shape), value.dim()))
-        dims = [dim for dim in range(1 if keep_examples else 0, value.dim()) if dim not in kept]
+        dims = [dim for dim in range(1, value.dim()) if dim not in kept]
         return value.sum(dims) if dims else value
 
     def compute(self, module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -244,18 +214,8 @@ class ScaleRule(Rule):
         weight, bias = module.weight, getattr(module, "bias", None)
         g, x = float32(g), float32(x)
         return (
-            Direct(self._reduced(module, g * x, True)) if weight is not None and weight.requires_grad else None,
-            Direct(self._reduced(module, g, True)) if bias is not None and bias.requires_grad else None,
-        )
-
-    def parameter_gradients(
-        self, module: Any, x: Tensor, weight: Tensor | None, g: Tensor, needed: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the sums over examples."""
-        x, g = float32(x), float32(g)
-        return (
-            self._reduced(module, g * x, False) if needed[0] else None,
-            self._reduced(module, g, False) if needed[1] else None,
+            Direct(self._reduced(module, g * x)) if weight is not None and weight.requires_grad else None,
+            Direct(self._reduced(module, g)) if bias is not None and bias.requires_grad else None,
         )
 
 

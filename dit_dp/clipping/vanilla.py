@@ -38,10 +38,12 @@ class VanillaEngine(Engine):
     ) -> None:
         require_no_noise(noise_multiplier)
         scale = (self._divisor or 1) / expected_batch_size
-        if scale != 1:
-            for parameter in self.parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
+        for name, parameter in self.parameters.items():
+            own = self.model_parameters[name]
+            if own is not parameter and own.grad is not None:
+                parameter.grad, own.grad = own.grad.float(), None
+            if scale != 1 and parameter.grad is not None:
+                parameter.grad.mul_(scale)
 
     def zero_grad(self) -> None:
         """Clear gradients."""

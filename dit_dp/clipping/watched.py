@@ -1,8 +1,9 @@
 """Layers under watch: what `ghost` and `bookkeeping` share.
 
 While an engine is attached, each covered module's forward is replaced by one that runs `_WatchedCall`. Its
-backward computes the input's gradient and hands the layer's input and output gradient to the engine, which says what
-the parameters' gradients are: those of the weighted losses, or none at all.
+backward computes the input's gradient and hands the layer's input and output gradient to the engine; no gradient of
+the batch's summed loss is ever formed. The engine takes norms from what it is handed until it knows the clip factors,
+and clipped sums from then on.
 """
 
 import types
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dit_dp.clipping.batch import clip_factors
 from dit_dp.clipping.contributions import Contribution
 from dit_dp.clipping.engine import Engine, LayerRule, memory_scope
 from dit_dp.clipping.rules import COUPLED, Rule, rule_for
@@ -54,15 +56,9 @@ class _WatchedCall(torch.autograd.Function):
         layer: WatchedLayer = ctx.layer
         x, weight = ctx.saved_tensors
         lowered = weight if weight is None or ctx.lowered is None else weight.to(ctx.lowered)
-        needs_input, *needed = ctx.needs_input_grad[2:]
-        grad_x = layer.rule.input_gradient(layer.module, x, lowered, g) if needs_input else None
-        grad_weight, grad_bias = layer.engine.parameter_gradients(layer, x, lowered, g, (needed[0], needed[1]))
-        return None, None, grad_x, _like(grad_weight, layer.weight), _like(grad_bias, layer.bias)
-
-
-def _like(gradient: Tensor | None, parameter: nn.Parameter | None) -> Tensor | None:
-    """Return a gradient in its parameter's dtype."""
-    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
+        grad_x = layer.rule.input_gradient(layer.module, x, lowered, g) if ctx.needs_input_grad[2] else None
+        layer.engine.observe(layer, x, g)
+        return None, None, grad_x, None, None
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -83,11 +79,13 @@ class WatchedEngine(Engine):
 
     def _attach(self) -> None:
         self._squares: Tensor | None = None
+        self._factors: Tensor | None = None
+        self._keep: Tensor | None = None
         self._in_backward = False
         self._calls: dict[nn.Parameter, int] = {}
         self._parts: dict[nn.Parameter, list[Contribution]] = {}
         self._rules_used: dict[str, str] = {}
-        self._names = {parameter: name for name, parameter in self.parameters.items()}
+        self._names = {parameter: name for name, parameter in self.model_parameters.items()}
         self._layers = cover(self.model, self)
         for layer in self._layers:
             layer.module.forward = types.MethodType(_watched_forward(layer), layer.module)
@@ -96,11 +94,18 @@ class WatchedEngine(Engine):
         for layer in self._layers:
             del layer.module.forward
 
-    @abstractmethod
-    def parameter_gradients(
-        self, layer: WatchedLayer, x: Tensor, weight: Tensor | None, g: Tensor, needed: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return what autograd is to add to the `.grad` of (weight, bias) for one call."""
+    def _finish(self, losses: Tensor) -> Tensor:
+        self._announce("backward")
+        self._in_backward = True
+        try:
+            self._take_norms(losses)
+            self._announce("clip")
+            norms = self._weigh()
+            with torch.no_grad():
+                self._sum(losses)
+        finally:
+            self._forget()
+        return norms
 
     @classmethod
     @abstractmethod
@@ -111,30 +116,54 @@ class WatchedEngine(Engine):
     def _settle(self, parameter: nn.Parameter, parts: list[Contribution]) -> None:
         """Take a parameter's norm, all of whose calls were seen."""
 
-    def _backward_for_norms(self, losses: Tensor, *, retain_graph: bool) -> None:
+    @abstractmethod
+    def _sum(self, losses: Tensor) -> None:
+        """Add the clipped sum to `.grad`; factors are known."""
+
+    def _take_norms(self, losses: Tensor, *, retain_graph: bool = False) -> None:
         """Back-propagate the sum of losses; what reaches `.grad` meanwhile went past the layers."""
-        earlier = {name: p.grad for name, p in self.parameters.items()}
-        for parameter in self.parameters.values():
+        parameters = self.model_parameters
+        earlier = {name: p.grad for name, p in parameters.items()}
+        for parameter in parameters.values():
             parameter.grad = None
         self._squares = losses.new_zeros(losses.shape[0], dtype=torch.promote_types(losses.dtype, torch.float32))
         try:
             torch.autograd.backward(losses, torch.ones_like(losses), retain_graph=retain_graph)
-            foreign = [name for name, p in self.parameters.items() if p.grad is not None]
+            foreign = [name for name, p in parameters.items() if p.grad is not None]
         finally:
-            for name, parameter in self.parameters.items():
+            for name, parameter in parameters.items():
                 parameter.grad = earlier[name]
         if foreign:
             raise UnsupportedModelError(
                 f"model: parameter {foreign[0]} is used outside its layer's forward, so its per-example gradient "
                 f"is unknown; call the layer instead of reading its weight, or freeze it"
             )
-        for parameter in list(self._parts):  # a call whose output the loss does not use
-            self._settle(parameter, self._parts.pop(parameter))
+        with torch.no_grad():
+            for parameter in list(self._parts):  # a call whose output the loss does not use
+                self._settle(parameter, self._parts.pop(parameter))
+
+    def _weigh(self) -> Tensor:
+        """Turn the squared norms into clip factors; return the norms, (U,)."""
+        assert self._squares is not None
+        norms = self._squares.sqrt()
+        finite = torch.isfinite(norms)
+        dropped = len(norms) - int(finite.sum())
+        self.num_dropped += dropped
+        self._factors = clip_factors(norms, self.max_grad_norm)
+        self._keep = finite if dropped else None
+        return norms
+
+    def _add(self, parameter: nn.Parameter, part: Contribution) -> None:
+        """Add a contribution's clipped sum over units to the gradient."""
+        assert self._factors is not None
+        target = self.parameters[self._names[parameter]]
+        total = part.add_clipped(target.grad, self._factors, parameter.shape, self._keep)
+        target.grad = total.to(target.dtype)
 
     def _forget(self) -> None:
         """Drop what one pass left behind, also after a failure."""
         self._in_backward = False
-        self._squares = None
+        self._squares = self._factors = self._keep = None
         self._calls.clear()
         self._parts.clear()
 
@@ -147,22 +176,37 @@ class WatchedEngine(Engine):
                 self._calls[parameter] = self._calls.get(parameter, 0) + 1
 
     def observe(self, layer: WatchedLayer, x: Tensor, g: Tensor) -> None:
-        """Take what one call contributes; settle a parameter once all its calls were seen."""
-        assert self._squares is not None
-        if x.shape[0] != self._squares.shape[0]:
-            raise UnsupportedModelError(
-                f"model: layer {layer.name} got an input whose first dimension is {x.shape[0]}, but there are "
-                f"{self._squares.shape[0]} examples; make the first dimension the examples'"
-            )
+        """Take what one call of a layer contributes."""
         with memory_scope():
             parts = layer.rule.contributions(layer.module, x, g)
             for parameter, part in zip((layer.weight, layer.bias), parts, strict=True):
-                if parameter is None or part is None:
-                    continue
-                self._parts.setdefault(parameter, []).append(part)
-                self._calls[parameter] = self._calls.get(parameter, 1) - 1
-                if self._calls[parameter] <= 0:
-                    self._settle(parameter, self._parts.pop(parameter))
+                if parameter is not None and part is not None:
+                    self.receive(parameter, self._by_unit(layer.name, part, x.shape[0]))
+
+    def receive(self, parameter: nn.Parameter, part: Contribution) -> None:
+        """Take one contribution, (U, ...): for the norm, or for the sum once factors are known."""
+        if self._factors is not None:
+            self._add(parameter, part)
+            return
+        self._parts.setdefault(parameter, []).append(part)
+        self._calls[parameter] = self._calls.get(parameter, 1) - 1
+        if self._calls[parameter] <= 0:
+            self._settle(parameter, self._parts.pop(parameter))
+
+    def _by_unit(self, name: str, part: Contribution, leading: int) -> Contribution:
+        """Return a contribution of rows or units as one of units."""
+        units = self._units
+        if leading == units.num_units:
+            return part
+        if leading == units.num_rows:
+            return part.by_unit(units)
+        counts = f"{units.num_units} examples"
+        if units.row_to_unit is not None:
+            counts = f"{units.num_rows} rows of {units.num_units} units"
+        raise UnsupportedModelError(
+            f"model: layer {name} got an input whose first dimension is {leading}, but there are {counts}; "
+            f"make the first dimension the examples'"
+        )
 
     # --- what people ask ------------------------------------------------------------------------------------
 

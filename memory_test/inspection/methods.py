@@ -199,20 +199,19 @@ _HOOKED = ("opacus", "opacus-functorch", "opacus-ghost")
 _HOOKS: tuple[Check, ...] = (_by_keyword, _one_tensor, _first_dimension, _unused, _read_outside)
 _REUSE: tuple[Check, ...] = (_called_again, _tied)
 CHECKS: dict[str, tuple[Check, ...]] = {
-    "ghost": (_first_dimension, _read_outside),
-    "bookkeeping": (_first_dimension, _read_outside),
+    "vanilla": (_first_dimension,),
     "microbatch": (),
     "opacus": _HOOKS,
     "opacus-functorch": _HOOKS,
     "opacus-ew": (_flat_indices, _first_dimension, _unused),
     "opacus-ghost": (*_REUSE, *_HOOKS),
 }
-"""What a forward pass can reveal against a method; a method that is not listed gets the first-dimension check."""
+"""What a forward pass can reveal against a method, where that is not what it reveals against layers under watch."""
 
 
 def _checks(method: str, layer: _Layer, probe: Probe) -> tuple[Check, ...]:
     """Return what can be checked: without a probe ties alone; reuse alone where Opacus's vmap takes an ancestor."""
-    checks = CHECKS.get(method, (_first_dimension,))
+    checks = CHECKS.get(method, (_first_dimension, _read_outside))
     if probe.failure is not None:
         return tuple(check for check in checks if check is _tied)
     hidden = layer.inside is not None and method in _HOOKED

@@ -13,7 +13,7 @@ from dit_dp.errors import UnsupportedModelError
 from dit_dp.models import DiT, DiTHuggingFaceWrapper
 from dit_dp.models.dit import randomize_zero_init_
 from dit_dp.objectives import DDPMObjective
-from tests.models import DIFFUSERS
+from tests.models import DIFFUSERS, groups_of
 
 PRIVATE = [name for name, method in METHODS.items() if method.private]
 OBJECTIVE = DDPMObjective(learn_sigma=True, class_dropout_prob=0.5)
@@ -43,7 +43,7 @@ def error_of(method: str, model: nn.Module, batch: Batch, **options: object) -> 
     """Return the relative error of a method's clipped sum, at a threshold that clips about half."""
     _, norms = clipped_sum(model, OBJECTIVE, batch, 1.0)
     threshold = float(norms.median())
-    wanted, _ = clipped_sum(model, OBJECTIVE, batch, threshold)
+    wanted, _ = clipped_sum(model, OBJECTIVE, batch, threshold, groups=groups_of(model, method))
     engine = attach(model, method, max_grad_norm=threshold, **options)
     engine.accumulate(OBJECTIVE, batch)
     engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
@@ -82,7 +82,7 @@ def test_dit_of_few_tokens(method: str, patch_size: int) -> None:
 def test_every_norm_rule_is_exercised_and_none_changes_the_gradient(
     method: str, options: dict[str, float], rules: set[str]
 ) -> None:
-    model = tiny_dit(hidden_size=96)
+    model = tiny_dit(hidden_size=96, patch_size=1)
     assert error_of(method, model, draw(), **options) < 1e-5
     engine = model._last_engine  # type: ignore[union-attr]
     assert set(engine.choices()["norm_rules"]) == rules

@@ -9,7 +9,7 @@ from dit_dp.clipping.opacus import OpacusEngine
 from dit_dp.clipping.reference import clipped_sum
 from dit_dp.clipping.registry import engine_class
 from dit_dp.errors import UnsupportedModelError
-from tests.models import KINDS, Case, make_case
+from tests.models import KINDS, Case, groups_of, make_case
 
 PRIVATE = [name for name, method in METHODS.items() if method.private]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -55,7 +55,8 @@ def test_clipped_sum_equals_the_oracle(method: str, kind: str, dtype: torch.dtyp
         case.loss_fn,
     )
     threshold = median_norm(case)
-    wanted, wanted_norms = clipped_sum(case.model, case.loss_fn, case.batch, threshold)
+    groups = groups_of(case.model, method)
+    wanted, wanted_norms = clipped_sum(case.model, case.loss_fn, case.batch, threshold, groups=groups)
     if (method, kind) in REFUSED_BY_PEERS:
         with pytest.raises(UnsupportedModelError, match=REFUSED_BY_PEERS[method, kind]):
             attach_for_test(case, method, threshold).accumulate(case.loss_fn, case.batch)

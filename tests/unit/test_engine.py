@@ -12,7 +12,7 @@ from dit_dp.clipping import METHODS, attach
 from dit_dp.clipping.batch import Batch, clip_factors
 from dit_dp.clipping.reference import clipped_sum
 from dit_dp.errors import EngineStateError, LossShapeError, UnsupportedModelError, UsageError
-from tests.models import make_case
+from tests.models import groups_of, make_case
 
 PRIVATE = [name for name, method in METHODS.items() if method.private]
 OURS = [name for name in PRIVATE if not METHODS[name].peer]
@@ -103,7 +103,7 @@ def test_two_engines_are_refused(method: str) -> None:
 @pytest.mark.parametrize("method", PRIVATE)
 def test_virtual_steps_add_up(method: str) -> None:
     case = make_case("tokens", num_examples=6)
-    wanted, _ = clipped_sum(case.model, case.loss_fn, case.batch, 0.5)
+    wanted, _ = clipped_sum(case.model, case.loss_fn, case.batch, 0.5, groups=groups_of(case.model, method))
     engine = attach(case.model, method, max_grad_norm=0.5)
     for rows in (slice(0, 2), slice(2, 3), slice(3, 6)):
         engine.accumulate(case.loss_fn, tuple(t[rows] for t in case.batch))  # type: ignore[union-attr]
@@ -183,7 +183,7 @@ def test_own_noise_is_not_repeated() -> None:
 @pytest.mark.parametrize("method", PRIVATE)
 def test_backward_is_accumulate_for_a_forward_the_caller_ran(method: str) -> None:
     case = make_case("tokens")
-    wanted, _ = clipped_sum(case.model, case.loss_fn, case.batch, 0.5)
+    wanted, _ = clipped_sum(case.model, case.loss_fn, case.batch, 0.5, groups=groups_of(case.model, method))
     engine = attach(case.model, method, max_grad_norm=0.5)
     if METHODS[method].owns_forward:
         with pytest.raises(EngineStateError, match=f"{method} runs the forward itself"):
@@ -196,6 +196,18 @@ def test_backward_is_accumulate_for_a_forward_the_caller_ran(method: str) -> Non
         torch.testing.assert_close(parameter.grad.double(), wanted[name], rtol=1e-5, atol=1e-6)
 
 
+def test_losses_are_back_propagated_once_and_with_a_graph() -> None:
+    case = make_case("tokens")
+    engine = attach(case.model, "bookkeeping")
+    losses = case.loss_fn(engine.forward_model, case.batch)
+    engine.backward(losses)
+    with pytest.raises(EngineStateError, match="run the forward again"):
+        engine.backward(losses)
+    engine.zero_grad()
+    with pytest.raises(LossShapeError, match="with a graph"):
+        engine.backward(losses.detach())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("method", OURS)
 def test_ours_drop_a_non_finite_example_and_keep_weights_finite(method: str, value: float) -> None:
@@ -203,11 +215,12 @@ def test_ours_drop_a_non_finite_example_and_keep_weights_finite(method: str, val
     x, target = case.batch  # type: ignore[misc]
     x = x.clone()
     x[1, 2, 3] = value
-    wanted, _ = clipped_sum(case.model, case.loss_fn, (x, target), 0.5)
+    wanted, _ = clipped_sum(case.model, case.loss_fn, (x, target), 0.5, groups=groups_of(case.model, method))
     engine = attach(case.model, method, max_grad_norm=0.5)
     norms = engine.accumulate(case.loss_fn, (x, target))
     assert norms is not None
     assert not torch.isfinite(norms[1])
+    assert engine.num_dropped == 1
     for name, parameter in engine.parameters.items():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad.double(), wanted[name], rtol=1e-5, atol=1e-6)
@@ -334,7 +347,7 @@ def test_a_failed_call_makes_the_sum_unusable() -> None:
 @pytest.mark.parametrize("method", PRIVATE)
 def test_a_step_after_a_failed_one_is_exact(method: str) -> None:
     case = make_case("tokens")
-    wanted, _ = clipped_sum(case.model, case.loss_fn, case.batch, 0.5)
+    wanted, _ = clipped_sum(case.model, case.loss_fn, case.batch, 0.5, groups=groups_of(case.model, method))
     engine = attach(case.model, method, max_grad_norm=0.5)
     with pytest.raises(LossShapeError):
         engine.accumulate(lambda model, batch: case.loss_fn(model, batch)[:, None], case.batch)

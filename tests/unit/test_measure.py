@@ -160,14 +160,14 @@ def in_kept_for_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = GhostEngine._backward_for_norms
+    original = GhostEngine._take_norms
 
     def backward(self: GhostEngine, losses: Tensor, **options: bool) -> None:
         planted = plant()
         original(self, losses, **options)
         del planted
 
-    monkeypatch.setattr(GhostEngine, "_backward_for_norms", backward)
+    monkeypatch.setattr(GhostEngine, "_take_norms", backward)
 
 
 @pytest.mark.parametrize(

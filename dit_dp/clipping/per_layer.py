@@ -1,0 +1,87 @@
+"""Group-wise clipping: every layer to its own threshold, C / sqrt(groups), so that the whole stays within C.
+
+McMahan, Ramage, Talwar and Zhang, "Learning differentially private recurrent language models" (arXiv 1710.06963),
+per-layer clipping with equal shares. **Another mechanism than flat clipping**: the released sum has the same
+sensitivity C and takes the same noise, but its direction is distorted, since small layers are clipped as hard as large.
+
+A layer's factors are known as soon as its own output gradient is, so nothing is booked and no second pass made. Cost
+over ordinary training: the norms (the smaller of 0.56 T^2 (d + p) and T d p multiply-adds a weight and example).
+Memory: ordinary training's, and one layer's Gram matrices.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dit_dp.clipping.batch import clip_factors
+from dit_dp.clipping.contributions import Contribution
+from dit_dp.clipping.ghost import GhostEngine
+
+
+class PerLayerEngine(GhostEngine):
+    """Clipping by layer: weight and bias of a module are a group; modules that share a parameter are one.
+
+    **Guarantees**: each group adds at most C / sqrt(groups) per unit, so all together at most C. **Edge cases**: a unit
+    is dropped from a group if its norm there is not finite, and counted once however many groups that is.
+    """
+
+    method: ClassVar[str] = "per_layer"
+
+    def _attach(self) -> None:
+        self._waiting: dict[int, dict[nn.Parameter, list[Contribution]]] = {}
+        self._totals: dict[nn.Parameter, Tensor] = {}
+        super()._attach()
+        groups: list[set[nn.Parameter]] = []
+        for layer in self._layers:
+            group = set(layer.trainable())
+            for other in [other for other in groups if other & group]:
+                groups.remove(other)
+                group |= other
+            groups.append(group)
+        self._groups = groups
+        self._group_of = {parameter: index for index, group in enumerate(groups) for parameter in group}
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """Names of parameters that are clipped together."""
+        return [[name for name, p in self.model_parameters.items() if p in group] for group in self._groups]
+
+    def _settle(self, parameter: nn.Parameter, parts: list[Contribution]) -> None:
+        """Wait for the rest of the group, then clip and add it at once."""
+        index = self._group_of[parameter]
+        waiting = self._waiting.setdefault(index, {})
+        waiting[parameter] = parts
+        if waiting.keys() == self._groups[index]:
+            self._clip(self._waiting.pop(index))
+
+    def _clip(self, group: dict[nn.Parameter, list[Contribution]]) -> None:
+        assert self._squares is not None
+        squares = torch.stack([self._squared_norms(parameter, parts) for parameter, parts in group.items()]).sum(0)
+        self._squares += squares
+        norms = squares.sqrt()
+        finite = torch.isfinite(norms)
+        keep = None if bool(finite.all()) else finite
+        factors = clip_factors(norms, self.max_grad_norm / len(self._groups) ** 0.5)
+        for parameter, parts in group.items():
+            for part in parts:
+                earlier = self._totals.get(parameter)
+                self._totals[parameter] = part.add_clipped(earlier, factors, parameter.shape, keep)
+
+    def _take_norms(self, losses: Tensor, *, retain_graph: bool = False) -> None:
+        super()._take_norms(losses, retain_graph=retain_graph)
+        with torch.no_grad():
+            while self._waiting:  # groups of which the loss uses only a part
+                self._clip(self._waiting.popitem()[1])
+
+    def _sum(self, losses: Tensor) -> None:
+        """Hand over what was added up during the backward, while `.grad` was watched for foreign gradients."""
+        while self._totals:
+            parameter, total = self._totals.popitem()
+            target = self.parameters[self._names[parameter]]
+            target.grad = total.to(target.dtype) if target.grad is None else target.grad.add_(total)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._waiting.clear()
+        self._totals.clear()

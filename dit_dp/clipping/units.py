@@ -1,0 +1,105 @@
+"""Privacy units: which rows of a batch are one person's, one set's, or one image's several noise draws.
+
+Shapes: R rows, U units, K rows of the largest unit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dit_dp.clipping.batch import Batch, map_tensors
+from dit_dp.errors import UsageError
+
+ROW_TO_UNIT = "row_to_unit"
+"""Entry of a dict batch that is kept in step with the rows when an engine takes some of the units."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """R rows of U units. `row_to_unit` is `None` where every row is a unit of its own."""
+
+    num_rows: int
+    num_units: int
+    row_to_unit: Tensor | None = None
+
+    @classmethod
+    def of(cls, num_rows: int, row_to_unit: Tensor | None) -> "Units":
+        """Check a map, an integer tensor (R,) whose values are 0 ... U - 1, each used.
+
+        Raises:
+            UsageError: Wrong shape, dtype or values; or as many units as rows in another order, where the first
+                dimension of a layer would not say which of the two it is.
+        """
+        if row_to_unit is None:
+            return cls(num_rows, num_rows)
+        ids = row_to_unit.detach().cpu()
+        if ids.shape != (num_rows,) or ids.is_floating_point() or ids.dtype == torch.bool:
+            got = f"{ids.dtype} of shape {tuple(ids.shape)}"
+            raise UsageError.for_value(ROW_TO_UNIT, got, f"an integer tensor of shape ({num_rows},), one entry a row")
+        used = torch.unique(ids)
+        num_units = len(used)
+        if num_units and (int(used[0]) != 0 or int(used[-1]) != num_units - 1):
+            got = f"{num_units} units numbered from {int(used[0])} to {int(used[-1])}"
+            raise UsageError.for_value(ROW_TO_UNIT, got, "units numbered 0, 1, 2, ..., each with a row")
+        if num_units == num_rows:
+            if not torch.equal(ids, torch.arange(num_rows)):
+                raise UsageError.for_value(
+                    ROW_TO_UNIT, "one row a unit, reordered", "rows in the order of their units", "sort the batch"
+                )
+            return cls(num_rows, num_rows)
+        return cls(num_rows, num_units, ids.long())
+
+    @cached_property
+    def _sorted(self) -> bool:
+        """Whether every unit has K rows, one after the other: grouping is then a view."""
+        assert self.row_to_unit is not None
+        if self.num_rows % self.num_units:
+            return False
+        regular = torch.arange(self.num_units).repeat_interleave(self.num_rows // self.num_units)
+        return torch.equal(self.row_to_unit, regular)
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        """Row of each slot, (U, K); R where a unit has fewer than K rows."""
+        assert self.row_to_unit is not None
+        counts = self.row_to_unit.bincount(minlength=self.num_units)
+        order = self.row_to_unit.argsort(stable=True)
+        place = torch.arange(self.num_rows) - (counts.cumsum(0) - counts)[self.row_to_unit[order]]
+        slots = torch.full((self.num_units, int(counts.max())), self.num_rows)
+        slots[self.row_to_unit[order], place] = order
+        return slots
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return (R, ...) as (U, K, ...), zero where a unit has fewer than K rows."""
+        if self.row_to_unit is None:
+            return rows[:, None]
+        if self._sorted:
+            return rows.reshape(self.num_units, -1, *rows.shape[1:])
+        padded = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+        return padded[self._slots.to(rows.device)]
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """Return the sums of (R, ...) over the rows of each unit, (U, ...)."""
+        return rows if self.row_to_unit is None else self.gather(rows).sum(1)
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Return values of units, (U, ...), once for each row, (R, ...)."""
+        return values if self.row_to_unit is None else values[self.row_to_unit.to(values.device)]
+
+    def take(self, batch: Batch, start: int, stop: int) -> tuple[Batch, "Units"]:
+        """Return the rows of units start ... stop - 1, renumbered from 0, in their order."""
+        if self.row_to_unit is None:
+            return map_tensors(lambda t: t[start:stop], batch), Units(stop - start, stop - start)
+        if self._sorted:
+            size = self.num_rows // self.num_units
+            chosen: Tensor | slice = slice(start * size, stop * size)
+        else:
+            chosen = ((self.row_to_unit >= start) & (self.row_to_unit < stop)).nonzero()[:, 0]
+        ids = self.row_to_unit[chosen] - start
+        part = map_tensors(lambda t: t[chosen if isinstance(chosen, slice) else chosen.to(t.device)], batch)
+        if isinstance(part, Mapping) and ROW_TO_UNIT in part:
+            part = {**part, ROW_TO_UNIT: ids.to(part[ROW_TO_UNIT].device)}
+        return part, Units(len(ids), stop - start, ids if len(ids) != stop - start else None)
