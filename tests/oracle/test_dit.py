@@ -82,7 +82,7 @@ def test_dit_of_few_tokens(method: str, patch_size: int) -> None:
 def test_every_norm_rule_is_exercised_and_none_changes_the_gradient(
     method: str, options: dict[str, float], rules: set[str]
 ) -> None:
-    model = tiny_dit(hidden_size=96, patch_size=1)
+    model = tiny_dit(hidden_size=96, patch_size=1 if method == "ghost" else 2)
     assert error_of(method, model, draw(), **options) < 1e-5
     engine = model._last_engine  # type: ignore[union-attr]
     assert set(engine.choices()["norm_rules"]) == rules
