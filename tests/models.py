@@ -119,6 +119,36 @@ class Frozen(nn.Module):
         return self.bias_only(torch.relu(self.middle(self.first(x)))).flatten(1)
 
 
+class _Residual(nn.Module):
+    """A block that takes a keyword and returns two tensors; its inner layer may be another block's too."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.up, self.shared, self.down = nn.Linear(6, 12), shared, nn.Linear(12, 6)
+        self.gate = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, *, condition: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = F.gelu(self.up(self.shared(x)))
+        condition = torch.tanh(self.gate(condition))
+        return x + condition[:, None] * self.down(hidden), condition
+
+
+class Blocks(nn.Module):
+    """A chain of blocks with a layer that all share, the head too, and a weight tied across two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(6, 6)
+        self.chain = nn.ModuleList([_Residual(self.shared) for _ in range(4)])
+        self.chain[2].up.weight = self.chain[1].up.weight  # type: ignore[union-attr, assignment]
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        for block in self.chain:
+            x, condition = block(x, condition=condition)
+        return self.head(self.shared(x) + condition[:, None]).sum(1)
+
+
 def groups_of(model: nn.Module, method: str) -> list[list[str]] | None:
     """Return the groups by which a method clips a model, for the oracle."""
     if METHODS[method].flat:
@@ -156,10 +186,11 @@ def make_case(kind: str, num_examples: int = 4, seed: int = 0) -> Case:
         "words": lambda: (Words(), (words, label, scale * normal(n, 3))),
         "padded": lambda: (Padded(), (words, scale * normal(n, 3))),
         "reused": lambda: (Reused(), (words, label, scale * normal(n, 7))),
+        "blocks": lambda: (Blocks(), (normal(n, 9, 6), normal(n, 6), scale * normal(n, 3))),
         "frozen": lambda: (Frozen(), (normal(n, 3, 6), scale * normal(n, 12))),
     }
     model, batch = cases[kind]()
     return Case(model, batch, _loss)
 
 
-KINDS = ("tokens", "vectors", "convs", "words", "padded", "reused", "frozen")
+KINDS = ("tokens", "vectors", "convs", "words", "padded", "reused", "blocks", "frozen")

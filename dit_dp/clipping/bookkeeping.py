@@ -15,8 +15,8 @@ Operations over ordinary training: none with keep but two reads of the kept grad
 activations the backward has freed.
 """
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from dit_dp import validate
 from dit_dp.clipping.contributions import Contribution, Direct, Outer, joined, joined_squared_norms
 from dit_dp.clipping.engine import LayerRule
 from dit_dp.clipping.watched import WatchedEngine
+
+BookRule = Literal["keep", "ghost", "direct", "outer product"]
+"""How a weight's norm is taken; all but `keep` book its operands."""
 
 KEEP_UP_TO = 1.25
 """Keeping spares the Gram matrices, 6 to 22 % of a step's operations, and is worth that much more memory."""
@@ -71,25 +74,32 @@ class BookkeepingEngine(WatchedEngine):
         outers = [part for part in parts if isinstance(part, Outer)]
         if len(outers) < len(parts):  # rows of an embedding, biases and scales, or a mixture
             self._squares += joined_squared_norms(parts, parameter.shape)
-            self._book.extend((parameter, part) for part in parts)
+            self._note(parameter, parts)
             return
-        name = self._names[parameter]
-        positions = sum(part.a.shape[1] for part in outers)
-        operand = outers[0].a.element_size()
-        limit = self.keep_up_to * operand / max(4, operand)  # gradients are float32 where operands are bf16
-        if _keeps(positions, parameter[0].numel(), parameter.shape[0], limit):
+        rule = self._rule_for(parameter, outers)
+        self._rules_used[self._names[parameter]] = rule
+        if rule == "keep":
             total = outers[0].gradients(parameter.shape)
             for part in outers[1:]:
                 total += part.gradients(parameter.shape)
-            kept = Direct(total)
             self._squares += torch.stack([row.flatten().dot(row.flatten()) for row in total])
-            self._book.append((parameter, kept))
-            self._rules_used[name] = "keep"
-            return
-        whole = joined(outers)
-        self._rules_used[name] = "outer product" if positions == 1 else "ghost"
-        self._squares += whole.squared_norms("outer product" if positions == 1 else "ghost")
-        self._book.append((parameter, whole))
+            self._note(parameter, [Direct(total)])
+        else:
+            self._squares += joined(outers).squared_norms(rule)
+            self._note(parameter, parts)
+
+    def _rule_for(self, parameter: nn.Parameter, outers: list[Outer]) -> BookRule:
+        """Return how the norm of a weight is taken, and with it what is booked."""
+        positions = sum(part.a.shape[1] for part in outers)
+        if positions == 1:
+            return "outer product"
+        operand = outers[0].a.element_size()
+        limit = self.keep_up_to * operand / max(4, operand)  # gradients are float32 where operands are bf16
+        return "keep" if _keeps(positions, parameter[0].numel(), parameter.shape[0], limit) else "ghost"
+
+    def _note(self, parameter: nn.Parameter, parts: Sequence[Contribution]) -> None:
+        """Book what the clipped sum of a parameter is made of."""
+        self._book.extend((parameter, part) for part in parts)
 
     @classmethod
     def norm_rule(cls, positions: int, width: int, out_width: int) -> tuple[LayerRule, str]:

@@ -18,6 +18,7 @@ from dit_dp.clipping.peer_checks import (
     FirstForward,
     refusal,
     refuse_flat_indices,
+    refuse_shared_modules,
     want_contiguous_gradient,
 )
 from dit_dp.clipping.rules import COUPLED
@@ -54,6 +55,7 @@ class _OpacusBase(Engine):
                     f"model: {self.method} would add up in {parameter.dtype} what {name} gets; use float32 parameters "
                     f"and bf16 autocast, or a method of ours"
                 )
+        refuse_shared_modules(self.model, self.method)
         for name, module in self.model.named_modules():
             trains = any(p.requires_grad for p in module.parameters(recurse=False))
             if trains or isinstance(module, COUPLED):

@@ -45,6 +45,18 @@ def refuse_flat_indices(name: str) -> Callable[[nn.Module, Any], None]:
     return hook
 
 
+def refuse_shared_modules(model: nn.Module, method: str) -> None:
+    """Refuse a layer that is registered under two names: Opacus hooks it twice and counts its gradient twice."""
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        trains = any(p.requires_grad for p in module.parameters(recurse=False))
+        if trains and names.setdefault(module, name) != name:
+            raise UnsupportedModelError(
+                f"model: {method} cannot run on layer {name}: it is the same module as {names[module]}, and Opacus "
+                f"counts its gradient once for each name; use ghost"
+            )
+
+
 class FirstForward:
     """Counts the calls of each layer until it is stopped, and compares them with the graph.
 

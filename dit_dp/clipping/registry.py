@@ -53,6 +53,10 @@ METHODS: dict[str, Method] = {
         engine="dit_dp.clipping.ghost:GhostEngine",
         summary="ours: exact two-pass ghost clipping, per-example gradients never stored",
     ),
+    "lean": Method(
+        engine="dit_dp.clipping.lean:LeanEngine",
+        summary="ours: exact, blocks recomputed for the norms and again for the sum; least memory of a whole batch",
+    ),
     "per_layer": Method(
         engine="dit_dp.clipping.per_layer:PerLayerEngine",
         summary="ours: each layer clipped to C / sqrt(layers); another mechanism than flat clipping",

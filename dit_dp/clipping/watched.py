@@ -76,6 +76,8 @@ class WatchedEngine(Engine):
     """
 
     method: ClassVar[str]
+    counts_without_graph = False
+    """Whether calls count although no graph is built: set while a block runs that will be recomputed."""
 
     def _attach(self) -> None:
         self._squares: Tensor | None = None
@@ -238,6 +240,8 @@ def _watched_forward(layer: WatchedLayer) -> Callable[..., Tensor]:
 
     def forward(module: nn.Module, input: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
+            if layer.engine.counts_without_graph:
+                layer.engine.expect(layer)
             result: Tensor = original(module, input)
             return result
         layer.engine.expect(layer)

@@ -19,6 +19,10 @@ REFUSED_BY_PEERS = {
     ("opacus-functorch", "padded"): "padding row",
     ("opacus-ghost", "padded"): "padding row",
     ("opacus-ghost", "reused"): "tied",
+    ("opacus", "blocks"): "once for each name",
+    ("opacus-functorch", "blocks"): "once for each name",
+    ("opacus-ew", "blocks"): "once for each name",
+    ("opacus-ghost", "blocks"): "once for each name",
     ("opacus-ew", "padded"): "padding row",
     ("opacus-ew", "words"): "no rule for RMSNorm",
 }
