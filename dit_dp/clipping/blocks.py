@@ -98,11 +98,20 @@ class BlockCall:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             return self.run_with_graph(with_inputs=with_inputs)
 
-    def differentiate_again(self) -> None:
-        """Walk its backward once more, for the parameters alone."""
+    def differentiate_again(self, part: Callable[[Any], Any]) -> None:
+        """Walk its backward once more, for the parameters alone and for some of the rows.
+
+        Args:
+            part: Takes those rows of a tensor whose first dimension is rows or units; returns anything else as it is.
+        """
+        whole = self.leaves
         with self.owner.inside(self.block):
-            _, outputs = self.run_again(with_inputs=False)
-            _backward(outputs, self.gradients)
+            try:
+                self.leaves = [part(leaf) for leaf in whole]
+                _, outputs = self.run_again(with_inputs=False)
+            finally:
+                self.leaves = whole
+            _backward(outputs, tuple(part(gradient) for gradient in self.gradients))
 
 
 def _backward(outputs: list[Any], gradients: tuple[Tensor | None, ...]) -> None:

@@ -89,17 +89,34 @@ class Units:
         """Return values of units, (U, ...), once for each row, (R, ...)."""
         return values if self.row_to_unit is None else values[self.row_to_unit.to(values.device)]
 
+    def halves(self) -> list[tuple[int, int]]:
+        """Return the borders of two halves of the units, or of all where their rows do not lie together."""
+        middle = self.num_units // 2
+        if middle == 0 or not (self.row_to_unit is None or self._sorted):
+            return [(0, self.num_units)]
+        return [(0, middle), (middle, self.num_units)]
+
+    def span(self, start: int, stop: int) -> "tuple[slice, Units]":
+        """Return the rows of units start ... stop - 1, which lie together or are all, and them as units from 0."""
+        if self.row_to_unit is None:
+            return slice(start, stop), Units(stop - start, stop - start)
+        if (start, stop) == (0, self.num_units):
+            return slice(None), self
+        size = self.num_rows // self.num_units
+        ids = torch.arange(stop - start).repeat_interleave(size)
+        return slice(start * size, stop * size), Units(len(ids), stop - start, ids)
+
     def take(self, batch: Batch, start: int, stop: int) -> tuple[Batch, "Units"]:
         """Return the rows of units start ... stop - 1, renumbered from 0, in their order."""
-        if self.row_to_unit is None:
-            return map_tensors(lambda t: t[start:stop], batch), Units(stop - start, stop - start)
-        if self._sorted:
-            size = self.num_rows // self.num_units
-            chosen: Tensor | slice = slice(start * size, stop * size)
+        if self.row_to_unit is None or self._sorted:
+            rows, units = self.span(start, stop)
+            part = map_tensors(lambda t: t[rows], batch)
+            ids = torch.arange(stop - start) if units.row_to_unit is None else units.row_to_unit
         else:
             chosen = ((self.row_to_unit >= start) & (self.row_to_unit < stop)).nonzero()[:, 0]
-        ids = self.row_to_unit[chosen] - start
-        part = map_tensors(lambda t: t[chosen if isinstance(chosen, slice) else chosen.to(t.device)], batch)
+            part = map_tensors(lambda t: t[chosen.to(t.device)], batch)
+            ids = self.row_to_unit[chosen] - start
+            units = Units(len(ids), stop - start, ids if len(ids) != stop - start else None)
         if isinstance(part, Mapping) and ROW_TO_UNIT in part:
             part = {**part, ROW_TO_UNIT: ids.to(part[ROW_TO_UNIT].device)}
-        return part, Units(len(ids), stop - start, ids if len(ids) != stop - start else None)
+        return part, units
