@@ -34,6 +34,10 @@ class UnsupportedModelError(UsageError):
     """A method cannot run on a model; the message names the layer, the reason and the nearest fix."""
 
 
+class CoupledExamplesError(UnsupportedModelError):
+    """One privacy unit's loss depends on another's rows, so no per-unit gradient exists."""
+
+
 class LossShapeError(UsageError):
     """The per-example loss is not a vector with one entry per example."""
 

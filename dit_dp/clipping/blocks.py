@@ -7,7 +7,7 @@ what it reads from outside (a closure, another module's output kept as an attrib
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,6 +42,9 @@ class Owner(Protocol):
 
     def inside(self, block: Block) -> contextlib.AbstractContextManager[None]:
         """Say that layers called or back-propagated meanwhile belong to a block."""
+
+    def trial(self, block: Block, leaves: list[Any]) -> contextlib.AbstractContextManager[None] | None:
+        """Return what watches a block's forward while a trial runs, in which blocks are not recomputed."""
 
     def counting(self) -> contextlib.AbstractContextManager[None]:
         """Count calls of layers even though no graph is built."""
@@ -98,20 +101,21 @@ class BlockCall:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             return self.run_with_graph(with_inputs=with_inputs)
 
-    def differentiate_again(self, part: Callable[[Any], Any]) -> None:
-        """Walk its backward once more, for the parameters alone and for some of the rows.
+    def differentiate_again(self, part: Callable[[Tensor], Tensor], sliced: Sequence[bool]) -> None:
+        """Walk its backward once more, for the parameters alone and for some of the units.
 
         Args:
-            part: Takes those rows of a tensor whose first dimension is rows or units; returns anything else as it is.
+            part: Takes those units' share of a tensor whose first dimension is rows or units.
+            sliced: Which of the inputs are such tensors; all gradients are.
         """
         whole = self.leaves
         with self.owner.inside(self.block):
             try:
-                self.leaves = [part(leaf) for leaf in whole]
+                self.leaves = [part(leaf) if cut else leaf for leaf, cut in zip(whole, sliced, strict=True)]
                 _, outputs = self.run_again(with_inputs=False)
             finally:
                 self.leaves = whole
-            _backward(outputs, tuple(part(gradient) for gradient in self.gradients))
+            _backward(outputs, tuple(None if g is None else part(g) for g in self.gradients))
 
 
 def _backward(outputs: list[Any], gradients: tuple[Tensor | None, ...]) -> None:
@@ -164,9 +168,15 @@ def install(block: Block, owner: Owner) -> None:
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         assert block.forward is not None
-        if not torch.is_grad_enabled() or (block.stored and block.booked):
+        if not torch.is_grad_enabled():
             return block.forward(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
+        watch = owner.trial(block, leaves)
+        if watch is not None:
+            with watch:
+                return block.forward(*args, **kwargs)
+        if block.stored and block.booked:
+            return block.forward(*args, **kwargs)
         call = BlockCall(block, owner, leaves, spec)
         outputs = _Recomputed.apply(call, owner.anchor, *leaves)  # type: ignore[no-untyped-call]
         assert call.out_spec is not None

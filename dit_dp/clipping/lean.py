@@ -82,6 +82,10 @@ class LeanEngine(BookkeepingEngine):
         finally:
             self._inside = outer
 
+    def trial(self, block: Block, leaves: list[Any]) -> contextlib.AbstractContextManager[None] | None:
+        """Return what watches a block's forward while a trial runs, in which blocks are not recomputed."""
+        return None if self._prober is None else self._prober.block(block.name, leaves)
+
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Count calls of layers even though no graph is built."""
@@ -124,29 +128,26 @@ class LeanEngine(BookkeepingEngine):
     def _sum(self, losses: Tensor) -> None:
         super()._sum(losses)
         while self._calls_to_revisit:
-            call = self._calls_to_revisit.pop()
-            for part in self._parts_of_a_visit():
-                call.differentiate_again(part)
+            self._visit(self._calls_to_revisit.pop())
 
-    def _parts_of_a_visit(self) -> Iterator[Callable[[Any], Any]]:
-        """Set factors and units to some of the units at a time; yield what takes their rows of a tensor.
+    def _visit(self, call: BlockCall) -> None:
+        """Take the clipped sum of a block's call, where it can be told how, half of the units after the other.
 
-        A sum may be taken in parts: that halves the activations of the block under visit.
+        A trial tells which inputs have rows: those whose first dimension is another for two units than for one.
         """
         units, factors, keep = self._units, self._factors, self._keep
         assert factors is not None
-        for start, stop in units.halves() if self.visit_in_halves else [(0, units.num_units)]:
-            self._factors, self._keep = factors[start:stop], None if keep is None else keep[start:stop]
+        dims = [trial.leading.get(call.block.name) for trial in self._trials]
+        sliced = [one != two for one, two in zip(*dims, strict=True)] if len(dims) == 2 and all(dims) else []
+        halved = self.visit_in_halves and len(sliced) == len(call.leaves)
+        for start, stop in units.halves() if halved else [(0, units.num_units)]:
             rows, self._units = units.span(start, stop)
+            self._factors, self._keep = factors[start:stop], None if keep is None else keep[start:stop]
 
-            def part(value: Any, rows: slice = rows, chosen: slice = slice(start, stop)) -> Any:
-                if not isinstance(value, Tensor) or value.dim() == 0:
-                    return value
-                if value.shape[0] == units.num_units:
-                    return value[chosen]
-                return value[rows] if value.shape[0] == units.num_rows else value
+            def part(tensor: Tensor, rows: slice = rows, chosen: slice = slice(start, stop)) -> Tensor:
+                return tensor[rows] if tensor.shape[0] == units.num_rows else tensor[chosen]
 
-            yield part
+            call.differentiate_again(part, sliced if halved else [False] * len(call.leaves))
         self._units, self._factors, self._keep = units, factors, keep
 
     def _forget(self) -> None:

@@ -53,7 +53,7 @@ class Units:
         return cls(num_rows, num_units, ids.long())
 
     @cached_property
-    def _sorted(self) -> bool:
+    def adjacent(self) -> bool:
         """Whether every unit has K rows, one after the other: grouping is then a view."""
         assert self.row_to_unit is not None
         if self.num_rows % self.num_units:
@@ -76,7 +76,7 @@ class Units:
         """Return (R, ...) as (U, K, ...), zero where a unit has fewer than K rows."""
         if self.row_to_unit is None:
             return rows[:, None]
-        if self._sorted:
+        if self.adjacent:
             return rows.reshape(self.num_units, -1, *rows.shape[1:])
         padded = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
         return padded[self._slots.to(rows.device)]
@@ -92,7 +92,7 @@ class Units:
     def halves(self) -> list[tuple[int, int]]:
         """Return the borders of two halves of the units, or of all where their rows do not lie together."""
         middle = self.num_units // 2
-        if middle == 0 or not (self.row_to_unit is None or self._sorted):
+        if middle == 0 or not (self.row_to_unit is None or self.adjacent):
             return [(0, self.num_units)]
         return [(0, middle), (middle, self.num_units)]
 
@@ -108,7 +108,7 @@ class Units:
 
     def take(self, batch: Batch, start: int, stop: int) -> tuple[Batch, "Units"]:
         """Return the rows of units start ... stop - 1, renumbered from 0, in their order."""
-        if self.row_to_unit is None or self._sorted:
+        if self.row_to_unit is None or self.adjacent:
             rows, units = self.span(start, stop)
             part = map_tensors(lambda t: t[rows], batch)
             ids = torch.arange(stop - start) if units.row_to_unit is None else units.row_to_unit

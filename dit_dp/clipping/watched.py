@@ -14,11 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dit_dp.clipping.batch import clip_factors
+from dit_dp.clipping.batch import Batch, LossFn, clip_factors
 from dit_dp.clipping.contributions import Contribution
 from dit_dp.clipping.engine import Engine, LayerRule, memory_scope
+from dit_dp.clipping.probe import Prober, Trial
 from dit_dp.clipping.rules import COUPLED, Rule, rule_for
-from dit_dp.errors import UnsupportedModelError
+from dit_dp.clipping.units import Units
+from dit_dp.errors import CoupledExamplesError, LossShapeError, UnsupportedModelError, UsageError
 
 
 class WatchedLayer:
@@ -80,6 +82,9 @@ class WatchedEngine(Engine):
     """Whether calls count although no graph is built: set while a block runs that will be recomputed."""
 
     def _attach(self) -> None:
+        self._prober: Prober | None = None
+        self._trials: tuple[Trial, ...] = ()
+        self._tried = 0
         self._squares: Tensor | None = None
         self._factors: Tensor | None = None
         self._keep: Tensor | None = None
@@ -108,6 +113,38 @@ class WatchedEngine(Engine):
         finally:
             self._forget()
         return norms
+
+    def _accumulate(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor | None:
+        if self._trials:
+            return super()._accumulate(loss_fn, batch, units)
+        try:
+            self._trials = self._try(loss_fn, batch, units)
+        except CoupledExamplesError:
+            raise
+        except (UsageError, RuntimeError, IndexError) as error:
+            super()._accumulate(loss_fn, batch, units)  # what fails on the whole batch too is said in its terms
+            raise LossShapeError(
+                f"loss: it fails on the first {self._tried} of {units.num_units} units ({error}); accepted: a function "
+                f"of any number of units; take sizes from the batch it is given"
+            ) from error
+        return super()._accumulate(loss_fn, batch, units)
+
+    def _try(self, loss_fn: LossFn, batch: Batch, units: Units) -> tuple[Trial, ...]:
+        """Refuse, once, a model whose units do not keep apart; return what was seen of one unit and of two."""
+
+        def attached(prober: Prober | None) -> None:
+            self._prober = prober
+
+        prober = Prober(self._names, attached)
+        trials = []
+        for count in range(1, min(2, units.num_units) + 1):
+            _, self._units = units.take(batch, 0, count)
+            self._tried = count
+            trials.append(prober.run(self.model, loss_fn, batch, units, count))
+            self._forget()
+        if units.num_units > 1:
+            prober.compare(self.model, loss_fn, batch, units)
+        return tuple(trials)
 
     @classmethod
     @abstractmethod
@@ -187,6 +224,9 @@ class WatchedEngine(Engine):
 
     def receive(self, parameter: nn.Parameter, part: Contribution) -> None:
         """Take one contribution, (U, ...): for the norm, or for the sum once factors are known."""
+        if self._prober is not None:
+            self._prober.saw(parameter, part)
+            return
         if self._factors is not None:
             self._add(parameter, part)
             return

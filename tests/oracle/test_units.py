@@ -146,7 +146,7 @@ def test_maps_that_are_none(row_to_unit: Tensor, message: str) -> None:
 
 def test_a_leading_dimension_that_is_neither_rows_nor_units() -> None:
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-        return model(batch[0].repeat(2, 1)).view(2, 2, -1).mean((0, 2))  # type: ignore[index]
+        return model(batch[0].repeat(2, 1)).view(2, -1, 2).mean((0, 2))  # type: ignore[index]
 
     engine = attach(nn.Linear(2, 1), "bookkeeping")
     with pytest.raises(UnsupportedModelError, match="first dimension is 8, but there are 4 rows of 2 units"):

@@ -196,6 +196,44 @@ def test_backward_is_accumulate_for_a_forward_the_caller_ran(method: str) -> Non
         torch.testing.assert_close(parameter.grad.double(), wanted[name], rtol=1e-5, atol=1e-6)
 
 
+class Coupled(nn.Module):
+    """A layer, and something between the examples of a batch."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.mix = nn.Linear(6, 6), nn.Linear(6, 3), mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.mix(torch.tanh(self.first(x)))).mean(1)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: x - x.mean(0),
+        lambda x: x + 1e-6 * x.roll(1, 0),
+        lambda x: x + torch.cumsum(x, 0).detach() * x,
+        lambda x: x.flatten(0, 1).softmax(0).view_as(x),
+    ],
+    ids=["batch mean", "neighbour", "those before", "softmax over the batch"],
+)
+@pytest.mark.parametrize("method", [m for m in OURS if not METHODS[m].owns_forward])
+def test_examples_that_are_not_kept_apart_are_found(method: str, mix: Callable[[Tensor], Tensor]) -> None:
+    case = make_case("tokens")
+    with pytest.raises(UnsupportedModelError, match="no per-example gradient exists"):
+        attach(Coupled(mix), method).accumulate(case.loss_fn, case.batch)
+
+
+def test_a_loss_that_knows_one_batch_size_only_is_refused() -> None:
+    case = make_case("tokens")
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        return case.loss_fn(model, batch).view(2, 2).flatten()
+
+    with pytest.raises(LossShapeError, match=r"fails on the first 1 of 4 units.*any number of units"):
+        attach(case.model, "ghost").accumulate(loss_fn, case.batch)
+
+
 def test_losses_are_back_propagated_once_and_with_a_graph() -> None:
     case = make_case("tokens")
     engine = attach(case.model, "bookkeeping")

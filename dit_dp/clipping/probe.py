@@ -1,0 +1,259 @@
+"""A trial of one or two units before the first step: do they keep apart, and what lives when.
+
+Runs the real forward and backward of the first units of the first batch, without booking anything, under a dispatch
+mode that logs the birth and death of every storage. Trials of one unit and of two tell which sizes grow with the batch.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dit_dp.clipping.batch import Batch, LossFn, check_losses, map_tensors, num_rows
+from dit_dp.clipping.contributions import Contribution, Direct, Outer
+from dit_dp.clipping.units import ROW_TO_UNIT, Units
+from dit_dp.errors import CoupledExamplesError
+
+
+@dataclass
+class Life:
+    """One storage: its bytes, and the instants between which it lived; `dies` is `None` if it outlived the trial."""
+
+    num_bytes: int
+    born: int
+    dies: int | None = None
+
+
+@dataclass(frozen=True)
+class WeightCall:
+    """What one call contributed to one weight with operands (N, T, d) and (N, T, p).
+
+    Attributes:
+        name: The parameter.
+        positions, width, out_width: T, d, p.
+        element_size: Bytes of an operand's element.
+        instant: When it was observed.
+        operands: Indices of the operands' storages in `Trial.lives`; `None` for what is older than the trial.
+    """
+
+    name: str
+    positions: int
+    width: int
+    out_width: int
+    element_size: int
+    instant: int
+    operands: tuple[int | None, int | None]
+
+
+@dataclass
+class Trial:
+    """What a trial saw.
+
+    Attributes:
+        num_units: Units that took part.
+        lives: Storages in order of birth.
+        weights: Calls in the order of the backward.
+        backward: When the backward began.
+        end: Number of instants.
+        windows: (block, begin, end) of each block's forward.
+        leading: Per block call, the first dimension of each flat input, `None` where it has none.
+    """
+
+    num_units: int
+    lives: list[Life] = field(default_factory=list)
+    weights: list[WeightCall] = field(default_factory=list)
+    backward: int = 0
+    end: int = 0
+    windows: list[tuple[str, int, int]] = field(default_factory=list)
+    leading: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+
+
+class StorageLog(TorchDispatchMode):  # type: ignore[misc]
+    """Logs the birth and death of storages that operations return; an instant is an operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lives: list[Life] = []
+        self.now = 0
+        self._known: dict[int, tuple[int, Any]] = {}
+
+    def index(self, tensor: Tensor) -> int | None:
+        """Return the index of a tensor's storage in `lives`, or `None` if it is older than the log."""
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        return None if known is None else known[0]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.now += 1
+        older = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in older:
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._known or storage.nbytes() == 0:
+            return
+        index = len(self.lives)
+        self.lives.append(Life(storage.nbytes(), self.now))
+        self._known[key] = (index, weakref.ref(storage, lambda _, k=key, i=index: self._bury(k, i)))  # type: ignore[misc]
+
+    def _bury(self, key: int, index: int) -> None:
+        if self._known.get(key, (None,))[0] == index:
+            del self._known[key]
+            self.lives[index].dies = self.now
+
+
+class Prober:
+    """Runs trials for an engine whose layers report to `saw` meanwhile.
+
+    Args:
+        names: Name of each parameter.
+        attached: Called with the prober, or `None`, to make layers report to it, or no more.
+    """
+
+    def __init__(self, names: dict[nn.Parameter, str], attached: "Callable[[Prober | None], None]") -> None:
+        self._names, self._attached = names, attached
+        self._log = StorageLog()
+        self._trial = Trial(0)
+        self._alone: int | None = None
+
+    def run(self, model: nn.Module, loss_fn: LossFn, batch: Batch, units: Units, count: int) -> Trial:
+        """Take the first `count` units through forward and backward.
+
+        Raises:
+            CoupledExamplesError: One unit's loss depends on another's rows.
+        """
+        part, some = units.take(batch, 0, count)
+        self._log, self._trial = StorageLog(), Trial(count)
+        inputs = _leaves(part)
+        self._attached(self)
+        try:
+            with self._fork(model), self._log, torch.enable_grad():
+                losses = loss_fn(model, map_tensors(lambda t: t * 1 if t.requires_grad else t, _with(part, inputs)))
+                check_losses(losses, count)
+                for unit in range(count):
+                    self._alone = unit if count > 1 and bool(torch.isfinite(losses).all()) else None
+                    last = unit == count - 1
+                    self._trial.weights.clear()
+                    self._trial.backward = self._log.now
+                    chosen = torch.zeros_like(losses)
+                    chosen[unit] = 1
+                    torch.autograd.backward(losses, chosen, retain_graph=not last)
+                    self._check_inputs(inputs, some)
+        finally:
+            self._attached(None)
+        trial = self._trial
+        trial.end, trial.lives = self._log.now + 1, self._log.lives
+        return trial
+
+    def compare(self, model: nn.Module, loss_fn: LossFn, batch: Batch, units: Units) -> None:
+        """Exchange the rows of one unit of two; the other's loss must not change by a bit.
+
+        Finds what gradients do not: a dependence that goes through a detached or rounded value.
+
+        Raises:
+            CoupledExamplesError: It changes.
+        """
+        rows = [units.take(batch, unit, unit + 1)[0] for unit in range(2)]
+        pair, some = units.take(batch, 0, 2)
+        if some.num_rows != 2 * num_rows(rows[0]) or (some.row_to_unit is not None and not some.adjacent):
+            return  # units of different sizes cannot stand for each other
+        twins = [map_tensors(lambda t: torch.cat([t, t]), each) for each in rows]
+        if isinstance(pair, Mapping) and ROW_TO_UNIT in pair:
+            twins = [{**twin, ROW_TO_UNIT: pair[ROW_TO_UNIT]} for twin in twins]  # type: ignore[dict-item]
+        with self._fork(model), torch.no_grad():
+            both, *twice = [loss_fn(model, each).detach() for each in (pair, *twins)]
+            for unit in range(2):
+                if not _same(both[unit], twice[unit][unit]) and _same(both, loss_fn(model, pair)):
+                    raise CoupledExamplesError(
+                        f"model: the loss of one example changes from {float(both[unit]):.6g} to "
+                        f"{float(twice[unit][unit]):.6g} when another's rows are exchanged, so no per-example gradient "
+                        f"exists; take out what mixes the batch, such as BatchNorm or a mean over the first dimension"
+                    )
+
+    @contextlib.contextmanager
+    def _fork(self, model: nn.Module) -> Iterator[None]:
+        """Leave random states and gradients as they were."""
+        devices = sorted({p.device for p in model.parameters() if p.is_cuda}, key=str)
+        gradients = {p: p.grad for p in model.parameters()}
+        with torch.random.fork_rng(devices):
+            yield
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+    def _check_inputs(self, inputs: list[Tensor | None], units: Units) -> None:
+        for tensor in inputs:
+            if tensor is not None and tensor.grad is not None:
+                self._check_alone("the batch", units.gather(tensor.grad))
+                tensor.grad = None
+
+    def _check_alone(self, where: str, gradient: Tensor) -> None:
+        """Refuse a gradient, (U, ...), in which rows other than the one unit's are not exactly zero."""
+        if self._alone is None or len(gradient) <= self._alone:
+            return
+        others = torch.arange(len(gradient)) != self._alone
+        if bool(gradient[others.to(gradient.device)].any()):
+            raise CoupledExamplesError(
+                f"model: the loss of one example depends on another's rows (seen at {where}), so no per-example "
+                f"gradient exists; take out what mixes the batch, such as BatchNorm or a mean over the first dimension"
+            )
+
+    # --- called while a trial runs ----------------------------------------------------------------------------
+
+    def saw(self, parameter: nn.Parameter, part: Contribution) -> None:
+        """Take note of one call's contribution, (U, ...)."""
+        name = self._names[parameter]
+        self._check_alone(f"parameter {name}", part.value if isinstance(part, Direct) else part.g)
+        if isinstance(part, Outer):
+            self._trial.weights.append(
+                WeightCall(
+                    name=name,
+                    positions=part.a.shape[1],
+                    width=part.a.shape[2],
+                    out_width=part.g.shape[2],
+                    element_size=part.a.element_size(),
+                    instant=self._log.now,
+                    operands=(self._log.index(part.a), self._log.index(part.g)),
+                )
+            )
+
+    @contextlib.contextmanager
+    def block(self, name: str, leaves: list[Any]) -> Iterator[None]:
+        """Take note of a block's forward and of its inputs' first dimensions."""
+        dims = tuple(leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves)
+        self._trial.leading[name] = dims
+        begin = self._log.now
+        yield
+        self._trial.windows.append((name, begin, self._log.now))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two losses are the same bits; not a number is one."""
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def _leaves(batch: Batch) -> list[Tensor | None]:
+    """Return, for every floating-point tensor of a batch, a leaf that takes its gradient."""
+    tensors = batch.values() if hasattr(batch, "values") else batch
+    return [t.detach().requires_grad_() if t.is_floating_point() else None for t in tensors]
+
+
+def _with(batch: Batch, leaves: list[Tensor | None]) -> Batch:
+    """Return the batch with its floating-point tensors replaced."""
+    pending = iter(leaves)
+
+    def choose(tensor: Tensor) -> Tensor:
+        leaf = next(pending)
+        return tensor if leaf is None else leaf
+
+    return map_tensors(choose, batch)
