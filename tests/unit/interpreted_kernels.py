@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_dp.clipping import kernels, tiled
+from dit_dp.clipping import attach, kernels, tiled
+from dit_dp.clipping.reference import clipped_sum
+from tests.models import make_case
 from tests.operands import float64_squares, operands
 
 sizes = st.integers(1, 150)
@@ -76,3 +78,17 @@ def test_the_tuner_changes_no_number(kernel: object) -> None:
         results.append(partial)
     assert torch.equal(*results)
     torch.testing.assert_close(results[0].sum(1).double(), float64_squares(a, g), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "convs", "reused"])
+@pytest.mark.parametrize("method", ["flash_clip", "flash_clip_bk"])
+def test_engine_on_the_kernels_equals_the_oracle(method: str, kind: str) -> None:
+    case = make_case(kind)
+    wanted, _ = clipped_sum(case.model, case.loss_fn, case.batch, 1.0)
+    engine = attach(case.model, method, max_grad_norm=1.0)
+    engine.accumulate(case.loss_fn, case.batch)
+    assert engine.choices()["norm_kernels"] == ["triton"]
+    for name, parameter in engine.parameters.items():
+        assert parameter.grad is not None
+        error = (parameter.grad.double() - wanted[name]).norm() / sum(w.norm() for w in wanted.values())
+        assert error < 1e-5, name

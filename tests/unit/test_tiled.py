@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dit_dp import clipping
-from dit_dp.clipping import tiled
+from dit_dp.clipping import attach, tiled
 from dit_dp.errors import UsageError
+from tests.models import make_case
 from tests.operands import float64_squares, operands
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float64: 1e-13}
@@ -130,3 +131,11 @@ def test_cuda_without_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
     a, g = operands(1, 4, 4, 4, torch.float32, seed=0, strided=False)
     with pytest.raises(UsageError, match="needs triton"):
         tiled.norm_partials(a, g, True)
+
+
+@pytest.mark.parametrize("method", ["flash_clip", "flash_clip_bk"])
+def test_the_record_says_what_took_the_norms(method: str) -> None:
+    case = make_case("tokens")
+    engine = attach(case.model, method, max_grad_norm=1.0)
+    engine.accumulate(case.loss_fn, case.batch)
+    assert engine.choices() == {"norm_rules": {"direct": 1, "ghost": 1, "outer product": 1}, "norm_kernels": ["torch"]}
