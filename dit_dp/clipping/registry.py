@@ -62,6 +62,14 @@ METHODS: dict[str, Method] = {
         summary="ours: each layer clipped to C / sqrt(layers); another mechanism than flat clipping",
         flat=False,
     ),
+    "flash_clip": Method(
+        engine="dit_dp.clipping.flash:FlashClipEngine",
+        summary="ours: exact two-pass ghost clipping, norms tile by tile in fast memory (Triton on CUDA)",
+    ),
+    "flash_clip_bk": Method(
+        engine="dit_dp.clipping.flash:FlashClipBookkeepingEngine",
+        summary="ours: exact, one backward pass that books operands, norms tile by tile as in flash_clip",
+    ),
     "microbatch": Method(
         engine="dit_dp.clipping.microbatch:MicrobatchEngine",
         summary="the plain loop: one example at a time, whatever the layers",

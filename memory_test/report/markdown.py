@@ -32,6 +32,8 @@ _SPOKEN = {
     "vanilla": "ordinary training",
     "ghost": "ghost clipping",
     "bookkeeping": "book-keeping",
+    "flash_clip": "flash clipping",
+    "flash_clip_bk": "one-pass flash clipping",
     "microbatch": "the loop over examples",
     "opacus": "Opacus hooks",
     "opacus-functorch": "Opacus functorch",

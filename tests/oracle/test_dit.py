@@ -74,6 +74,8 @@ def test_dit_of_few_tokens(method: str, patch_size: int) -> None:
     ("method", "options", "rules"),
     [
         ("ghost", {}, {"ghost", "direct", "outer product"}),
+        ("flash_clip", {}, {"ghost", "outer product"}),
+        ("flash_clip_bk", {}, {"ghost", "outer product"}),
         ("bookkeeping", {}, {"ghost", "keep", "outer product"}),
         ("bookkeeping", {"keep_up_to": 0.0}, {"ghost", "outer product"}),
         ("bookkeeping", {"keep_up_to": float("inf")}, {"keep", "outer product"}),

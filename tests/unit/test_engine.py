@@ -287,7 +287,7 @@ class Reader(nn.Module):
         return self.layer(x) + x @ self.layer.weight.T
 
 
-WATCHED = ["ghost", "bookkeeping"]
+WATCHED = ["ghost", "bookkeeping", "flash_clip", "flash_clip_bk"]
 
 
 @pytest.mark.parametrize("method", WATCHED)

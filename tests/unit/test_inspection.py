@@ -178,7 +178,7 @@ def test_verdict_is_what_happens_to_odd_models(kind: str, method: str) -> None:
     assert all(use.fix for use in found.rules if use.rule == "none")
 
 
-@pytest.mark.parametrize("method", ["ghost", "bookkeeping"])
+@pytest.mark.parametrize("method", ["ghost", "bookkeeping", "flash_clip", "flash_clip_bk"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rules_at_a_shape_are_the_engines(kind: str, method: str) -> None:
     case, same = make_case(kind), make_case(kind)

@@ -1,0 +1,60 @@
+"""The Triton kernels: what they compute, by Triton's interpreter; and that they compile, which needs no GPU."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is on Linux only")
+
+HERE = Path(__file__).parent
+
+
+def test_kernels_by_tritons_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py")],
+        cwd=HERE.parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def compiled(kernel: Any, element: str, tile: int, warps: int) -> str:
+    """Return the PTX of a kernel for sm_90, operands with contiguous features and sizes that 16 divides."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {"a_feature": 1, "g_feature": 1, "TILE": tile, "BLOCK": 32, "UPCAST": False}
+    pointers = {"a": f"*{element}", "g": f"*{element}", "partial": "*fp32"}
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    attributes = {
+        (place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name not in constants
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": 3}
+    ptx: str = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    return ptx
+
+
+@pytest.mark.parametrize("name", ["gram_kernel", "direct_kernel"])
+@pytest.mark.parametrize(("element", "tile", "warps"), [("bf16", 128, 8), ("fp32", 64, 4), ("fp16", 16, 4)])
+def test_kernels_compile_for_sm_90(
+    name: str, element: str, tile: int, warps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dit_dp.clipping import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ptx = compiled(getattr(kernels, name), element, tile, warps)
+    assert "sm_90" in ptx
+    assert "cp.async" in ptx or tile == 16  # fetched ahead
+    assert "tf32" not in ptx  # float32 operands are multiplied as such
+    assert ".local" not in ptx  # nothing spilt
+    assert not re.search(r"\b(atom|red)\.", ptx)  # no addition whose order is left to chance
+    assert ("wgmma" in ptx) == (element == "bf16")
