@@ -21,9 +21,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dit_dp.clipping.batch import Batch, LossFn
 from dit_dp.clipping.blocks import Block, BlockCall, find_blocks, install, uninstall
 from dit_dp.clipping.bookkeeping import BookkeepingEngine, BookRule
 from dit_dp.clipping.contributions import Contribution, Direct, Outer
+from dit_dp.clipping.probe import Trial
+from dit_dp.clipping.units import Units
 
 
 class LeanEngine(BookkeepingEngine):
@@ -57,6 +60,7 @@ class LeanEngine(BookkeepingEngine):
         self._calls_to_revisit: list[BlockCall] = []
         self._kept: set[nn.Parameter] = set()
         self._booked: dict[nn.Parameter, list[bool]] = {}
+        self._trials: tuple[Trial, ...] = ()
         super()._attach()
         first = next(iter(self.model_parameters.values()))
         self.anchor = torch.zeros((), device=first.device, requires_grad=True)
@@ -98,6 +102,12 @@ class LeanEngine(BookkeepingEngine):
     def revisit(self, call: BlockCall) -> None:
         """Take note of a call that was differentiated for norms alone."""
         self._calls_to_revisit.append(call)
+
+    def _try(self, loss_fn: LossFn, batch: Batch, units: Units) -> None:
+        super()._try(loss_fn, batch, units)
+        if self.blocks:
+            counts = range(1, min(2, units.num_units) + 1)
+            self._trials = tuple(self._run_trial(loss_fn, batch, units, count) for count in counts)
 
     # --- norms and sums -------------------------------------------------------------------------------------
 

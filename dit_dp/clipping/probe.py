@@ -62,7 +62,8 @@ class Trial:
         backward: When the backward began.
         end: Number of instants.
         windows: (block, begin, end) of each block's forward.
-        leading: Per block call, the first dimension of each flat input, `None` where it has none.
+        leading: Per block, the first dimension of each flat input of its call, `None` where it has none.
+        inputs: Per block, the storages of its inputs that are no older than the trial.
     """
 
     num_units: int
@@ -72,6 +73,7 @@ class Trial:
     end: int = 0
     windows: list[tuple[str, int, int]] = field(default_factory=list)
     leading: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class StorageLog(TorchDispatchMode):  # type: ignore[misc]
@@ -110,7 +112,7 @@ class StorageLog(TorchDispatchMode):  # type: ignore[misc]
     def _bury(self, key: int, index: int) -> None:
         if self._known.get(key, (None,))[0] == index:
             del self._known[key]
-            self.lives[index].dies = self.now
+            self.lives[index].dies = self.now + 1
 
 
 class Prober:
@@ -127,34 +129,52 @@ class Prober:
         self._trial = Trial(0)
         self._alone: int | None = None
 
-    def run(self, model: nn.Module, loss_fn: LossFn, batch: Batch, units: Units, count: int) -> Trial:
+    def run(self, model: nn.Module, loss_fn: LossFn, batch: Batch, units: Units, count: int, *, alone: bool) -> Trial:
         """Take the first `count` units through forward and backward.
+
+        Args:
+            model: With layers under watch.
+            loss_fn: Per-unit losses.
+            batch: At least `count` units.
+            units: Which rows are whose.
+            count: How many take part.
+            alone: Differentiate one unit's loss after the other's, instead of all together, and see that nothing
+                reaches anybody else's rows.
 
         Raises:
             CoupledExamplesError: One unit's loss depends on another's rows.
         """
         part, some = units.take(batch, 0, count)
         self._log, self._trial = StorageLog(), Trial(count)
-        inputs = _leaves(part)
+        inputs = _leaves(part) if alone else []
+        if alone:
+            part = map_tensors(lambda t: t * 1 if t.requires_grad else t, _with(part, inputs))
         self._attached(self)
         try:
             with self._fork(model), self._log, torch.enable_grad():
-                losses = loss_fn(model, map_tensors(lambda t: t * 1 if t.requires_grad else t, _with(part, inputs)))
+                losses = loss_fn(model, part)
                 check_losses(losses, count)
-                for unit in range(count):
-                    self._alone = unit if count > 1 and bool(torch.isfinite(losses).all()) else None
-                    last = unit == count - 1
-                    self._trial.weights.clear()
-                    self._trial.backward = self._log.now
-                    chosen = torch.zeros_like(losses)
-                    chosen[unit] = 1
-                    torch.autograd.backward(losses, chosen, retain_graph=not last)
-                    self._check_inputs(inputs, some)
+                self._trial.backward = self._log.now
+                if not alone:
+                    torch.autograd.backward(losses, torch.ones_like(losses))
+                elif bool(torch.isfinite(losses).all()):
+                    self._differentiate_each(losses, inputs, some)
         finally:
+            self._alone = None
             self._attached(None)
         trial = self._trial
         trial.end, trial.lives = self._log.now + 1, self._log.lives
         return trial
+
+    def _differentiate_each(self, losses: Tensor, inputs: list[Tensor | None], units: Units) -> None:
+        """Differentiate one unit's loss after the other's; layers report rows that are reached."""
+        for unit in range(len(losses)):
+            self._alone = unit
+            torch.autograd.backward(losses[unit], retain_graph=True)
+            for tensor in inputs:
+                if tensor is not None and tensor.grad is not None:
+                    self._check_alone("the batch", units.gather(tensor.grad))
+                    tensor.grad = None
 
     def compare(self, model: nn.Module, loss_fn: LossFn, batch: Batch, units: Units) -> None:
         """Exchange the rows of one unit of two; the other's loss must not change by a bit.
@@ -191,12 +211,6 @@ class Prober:
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
 
-    def _check_inputs(self, inputs: list[Tensor | None], units: Units) -> None:
-        for tensor in inputs:
-            if tensor is not None and tensor.grad is not None:
-                self._check_alone("the batch", units.gather(tensor.grad))
-                tensor.grad = None
-
     def _check_alone(self, where: str, gradient: Tensor) -> None:
         """Refuse a gradient, (U, ...), in which rows other than the one unit's are not exactly zero."""
         if self._alone is None or len(gradient) <= self._alone:
@@ -232,6 +246,8 @@ class Prober:
         """Take note of a block's forward and of its inputs' first dimensions."""
         dims = tuple(leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves)
         self._trial.leading[name] = dims
+        found = [self._log.index(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        self._trial.inputs[name] = tuple(index for index in found if index is not None)
         begin = self._log.now
         yield
         self._trial.windows.append((name, begin, self._log.now))

@@ -83,8 +83,7 @@ class WatchedEngine(Engine):
 
     def _attach(self) -> None:
         self._prober: Prober | None = None
-        self._trials: tuple[Trial, ...] = ()
-        self._tried = 0
+        self._tried = False
         self._squares: Tensor | None = None
         self._factors: Tensor | None = None
         self._keep: Tensor | None = None
@@ -115,36 +114,41 @@ class WatchedEngine(Engine):
         return norms
 
     def _accumulate(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor | None:
-        if self._trials:
-            return super()._accumulate(loss_fn, batch, units)
+        if self._tried:
+            return self._take(loss_fn, batch, units)
         try:
-            self._trials = self._try(loss_fn, batch, units)
+            self._try(loss_fn, batch, units)
         except CoupledExamplesError:
             raise
         except (UsageError, RuntimeError, IndexError) as error:
-            super()._accumulate(loss_fn, batch, units)  # what fails on the whole batch too is said in its terms
+            self._forget()
+            self._take(loss_fn, batch, units)  # what fails on the whole batch too is said in its terms
             raise LossShapeError(
-                f"loss: it fails on the first {self._tried} of {units.num_units} units ({error}); accepted: a function "
-                f"of any number of units; take sizes from the batch it is given"
+                f"loss: it fails on some of {units.num_units} units ({error}); accepted: a function of any number of "
+                f"units; take sizes from the batch it is given"
             ) from error
+        self._tried = True
+        return self._take(loss_fn, batch, units)
+
+    def _take(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor | None:
+        """Run forward and backward on the batch; a method may take it in parts."""
         return super()._accumulate(loss_fn, batch, units)
 
-    def _try(self, loss_fn: LossFn, batch: Batch, units: Units) -> tuple[Trial, ...]:
-        """Refuse, once, a model whose units do not keep apart; return what was seen of one unit and of two."""
-
-        def attached(prober: Prober | None) -> None:
-            self._prober = prober
-
-        prober = Prober(self._names, attached)
-        trials = []
-        for count in range(1, min(2, units.num_units) + 1):
-            _, self._units = units.take(batch, 0, count)
-            self._tried = count
-            trials.append(prober.run(self.model, loss_fn, batch, units, count))
-            self._forget()
+    def _try(self, loss_fn: LossFn, batch: Batch, units: Units) -> None:
+        """Refuse, once, a model whose units do not keep apart."""
         if units.num_units > 1:
-            prober.compare(self.model, loss_fn, batch, units)
-        return tuple(trials)
+            self._run_trial(loss_fn, batch, units, 2, alone=True)
+            Prober(self._names, self._report_to).compare(self.model, loss_fn, batch, units)
+
+    def _run_trial(self, loss_fn: LossFn, batch: Batch, units: Units, count: int, *, alone: bool = False) -> Trial:
+        """Take the first units through forward and backward and return what was seen."""
+        _, self._units = units.take(batch, 0, count)
+        trial = Prober(self._names, self._report_to).run(self.model, loss_fn, batch, units, count, alone=alone)
+        self._forget()
+        return trial
+
+    def _report_to(self, prober: Prober | None) -> None:
+        self._prober = prober
 
     @classmethod
     @abstractmethod

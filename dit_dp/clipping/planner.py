@@ -1,0 +1,256 @@
+"""Which weights keep per-unit gradients, which blocks are recomputed, how large a physical batch: least time in a budget.
+
+Pure arithmetic over two trials (`probe`): storages with their lives, one unit's and two units' sizes. What is booked
+lengthens lives to the end of the backward, what is recomputed cuts them in two; the peak is read off the curve.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Literal
+
+from dit_dp.clipping.probe import Trial, WeightCall
+
+NormRule = Literal["ghost", "direct"]
+Cost = Callable[[str, int, WeightCall], float]
+"""Seconds of a rule (``keep``, ``ghost``, ``direct``) for so many units of a weight: norm and clipped sum."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an engine is to do.
+
+    Attributes:
+        physical_batch: Units taken at a time.
+        keep: Weights whose per-unit gradients are kept; of all others the operands are.
+        norms: Rule for the norm of the others.
+        booked: How many of the first blocks book in the first backward; the rest are revisited.
+        stored: How many of the last blocks keep their graph; the rest are recomputed.
+        peak_bytes: Predicted peak of the step, all included.
+    """
+
+    physical_batch: int
+    keep: frozenset[str]
+    norms: Mapping[str, NormRule]
+    booked: int
+    stored: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known of a step beyond the trials.
+
+    Attributes:
+        trials: Of one unit and, if there are two, of two.
+        blocks: Names of blocks in the order in which they run.
+        parameter_bytes: Bytes of each trainable parameter's gradient.
+        static_bytes: What is held all the time: parameters, optimizer state, the batch.
+        num_units: U.
+    """
+
+    trials: tuple[Trial, ...]
+    blocks: tuple[str, ...]
+    parameter_bytes: Mapping[str, int]
+    static_bytes: int
+    num_units: int
+
+
+def make_plan(step: Step, budget_bytes: int, cost: Cost) -> Plan:
+    """Return the fastest plan whose predicted peak is within a budget.
+
+    The largest physical batch that fits with every block stored and booked comes first: recomputing costs a third of
+    a step and more, a smaller batch next to nothing. If not even one unit fits, blocks are recomputed, as few as will do.
+    The leanest plan of all is returned if none fits: its `peak_bytes` says what it would take.
+    """
+    blocks = len(step.blocks)
+    for parts in range(1, step.num_units + 1):
+        batch = -(-step.num_units // parts)
+        if parts > 1 and -(-step.num_units // (parts - 1)) == batch:
+            continue
+        plan = _fill(_Curve(step, batch), cost, blocks, blocks, budget_bytes)
+        if plan.peak_bytes <= budget_bytes:
+            return plan
+    if blocks == 0:
+        return plan
+    curve = _Curve(step, 1)
+
+    def fits(booked: int, stored: int) -> bool:
+        return _fill(curve, cost, booked, stored, budget_bytes).peak_bytes <= budget_bytes
+
+    booked = _largest(1, blocks, lambda count: fits(count, 1))
+    stored = _largest(1, blocks if booked < blocks else blocks - 1, lambda count: fits(booked, count))
+    return _fill(curve, cost, booked, stored, budget_bytes)
+
+
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest count in [low, high] that fits, by bisection; `low` if none does."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _fill(curve: "_Curve", cost: Cost, booked: int, stored: int, budget: int) -> Plan:
+    """Choose rules: the fastest, then, while the peak is too high, what saves most bytes a second lost."""
+    batch, weights = curve.batch, curve.weights
+    norms: dict[str, NormRule] = {}
+    slower: dict[str, float] = {}
+    for name, call in weights.items():
+        times = {rule: cost(rule, batch, call) for rule in ("keep", "ghost", "direct")}
+        norms[name] = "ghost" if times["ghost"] <= times["direct"] else "direct"
+        slower[name] = times["keep"] - times[norms[name]]
+    keep = {name for name, seconds in slower.items() if seconds < 0}
+    peak = curve.peak(keep, booked, stored)
+    saving = {name: curve.saved_by_keeping(name) for name in weights}
+    swaps = sorted(
+        (name for name in weights if (saving[name] > 0) != (name in keep)),
+        key=lambda name: abs(slower[name]) / max(1, abs(saving[name])),
+    )
+    for name in swaps:
+        if peak <= budget:
+            break
+        changed = keep ^ {name}
+        lower = curve.peak(changed, booked, stored)
+        if lower < peak:
+            keep, peak = changed, lower
+    return Plan(batch, frozenset(keep), norms, booked, stored, peak)
+
+
+@dataclass
+class _Curve:
+    """Bytes over the instants of a step, for a physical batch."""
+
+    step: Step
+    batch: int
+    weights: dict[str, WeightCall] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._trial = self.step.trials[-1]
+        one = self.step.trials[0]
+        aligned = len(one.lives) == len(self._trial.lives)
+        count = self._trial.num_units
+        self._bytes = [
+            self._scale(single.num_bytes if aligned else life.num_bytes / count, life.num_bytes, count)
+            for life, single in zip(self._trial.lives, one.lives if aligned else self._trial.lives, strict=True)
+        ]
+        self._split = self.batch < self.step.num_units
+        self.static = self.step.static_bytes + (sum(self.step.parameter_bytes.values()) if self._split else 0)
+        self._calls: dict[str, list[WeightCall]] = {}
+        for call in self._trial.weights:
+            self._calls.setdefault(call.name, []).append(call)
+        self.weights = {
+            name: calls[-1] for name, calls in self._calls.items() if sum(call.positions for call in calls) > 1
+        }
+        self._windows = {name: (begin, end) for name, begin, end in self._trial.windows}
+
+    def _scale(self, single: float, several: int, count: int) -> int:
+        """Return a size at this batch from those of one unit and of `count`."""
+        if count == 1:
+            return int(single * self.batch)
+        return int(single + (several - single) / (count - 1) * (self.batch - 1))
+
+    def kept_bytes(self, name: str) -> int:
+        """Bytes of the per-unit gradients of a weight, float32 or better."""
+        call = self._calls[name][0]
+        return self.batch * call.width * call.out_width * max(4, call.element_size)
+
+    def operands(self, name: str) -> set[int]:
+        """Storages of a weight's inputs and output gradients."""
+        return {index for call in self._calls[name] for index in call.operands if index is not None}
+
+    def saved_by_keeping(self, name: str) -> int:
+        """Bytes of operands less bytes of per-unit gradients; negative if keeping takes more."""
+        return sum(self._bytes[index] for index in self.operands(name)) - self.kept_bytes(name)
+
+    def peak(self, keep: Iterable[str], booked: int, stored: int) -> int:
+        """Return the predicted peak of a step: forward and backward, then clipped sums, then second visits."""
+        keep = set(keep)
+        trial, names = self._trial, self.step.blocks
+        delta = [0] * (trial.end + 2)
+        for life, size in zip(trial.lives, self._bytes, strict=True):
+            delta[life.born] += size
+            delta[life.dies or trial.end] -= size
+        revisited = self._cut(delta, names, booked, stored)
+        books = self._book(delta, keep, revisited)
+        live = max(accumulate(delta[: trial.end + 1]))
+        return self.static + max(live, self._clip(books, revisited))
+
+    def _cut(self, delta: list[int], names: tuple[str, ...], booked: int, stored: int) -> dict[str, tuple[int, int]]:
+        """Take blocks' activations away between forward and backward; return (visit, boundary) bytes of revisited ones."""
+        trial = self._trial
+        seen = [name for name in names if name in self._windows]
+        borders = {index for indices in trial.inputs.values() for index in indices}
+        revisited = {}
+        for position, name in enumerate(seen):
+            begin, end = self._windows[name]
+            later = seen[position + 1] if position + 1 < len(seen) else None
+            start = max(
+                (call.instant for call in trial.weights if later and call.name.startswith(f"{later}.")),
+                default=trial.backward,
+            )
+            inside = [
+                index
+                for index, life in enumerate(trial.lives)
+                if begin < life.born <= end < (life.dies or trial.end) and index not in borders
+            ]
+            size = sum(self._bytes[index] for index in inside)
+            if position < len(seen) - stored:
+                delta[end] -= size
+                delta[start] += size
+            if position >= booked:
+                edge = sum(self._bytes[index] for index in trial.inputs.get(name, ()))
+                delta[start] += edge
+                last = max((call.instant for call in trial.weights if call.name.startswith(f"{name}.")), default=start)
+                revisited[name] = (size + self._excess(start, last), 2 * edge)
+        return revisited
+
+    def _excess(self, start: int, last: int) -> int:
+        """Return by how much a stretch of the backward rises above where it began."""
+        change, highest = 0, 0
+        events = [(life.born, self._bytes[i]) for i, life in enumerate(self._trial.lives)]
+        events += [(life.dies, -self._bytes[i]) for i, life in enumerate(self._trial.lives) if life.dies is not None]
+        for _, size in sorted((event for event in events if start < event[0] <= last), key=lambda event: event[0]):
+            change += size
+            highest = max(highest, change)
+        return highest
+
+    def _book(self, delta: list[int], keep: set[str], revisited: Mapping[str, object]) -> list[tuple[str, int]]:
+        """Lengthen the lives of what is booked; return (weight, bytes) in the order of booking."""
+        trial, held, books = self._trial, set[int](), []
+        for name, calls in self._calls.items():
+            again = next((block for block in revisited if name.startswith(f"{block}.")), None)
+            if name in keep and again is None:
+                size = self.kept_bytes(name)
+                delta[calls[-1].instant] += size
+            elif again is not None and calls[-1].positions > 1:
+                continue
+            else:
+                size = 0
+                for index in self.operands(name) - held:
+                    size += self._bytes[index]
+                    delta[trial.lives[index].dies or trial.end] += self._bytes[index]
+                    held.add(index)
+            delta[trial.end] -= size
+            books.append((calls[-1].instant, name, size))
+        return [(name, size) for _, name, size in sorted(books)]
+
+    def _clip(self, books: list[tuple[str, int]], revisited: Mapping[str, tuple[int, int]]) -> int:
+        """Return the peak of the clipped sums: gradients come while the book goes, newest first, then the visits."""
+        sizes = {} if self._split else dict(self.step.parameter_bytes)
+        later = {name: sum(size for p, size in sizes.items() if p.startswith(f"{name}.")) for name in revisited}
+        gradients = 0
+        remaining = sum(size for _, size in books)
+        edges = sum(edge for _, edge in revisited.values())
+        highest = remaining + edges
+        for name, size in reversed(books):
+            gradients += sizes.pop(name, 0)
+            highest = max(highest, remaining + gradients + edges)
+            remaining -= size
+        half = -(-self.batch // 2) / self.batch
+        gradients = (0 if self._split else sum(self.step.parameter_bytes.values())) - sum(later.values())
+        for name, (visit, edge) in revisited.items():
+            gradients += later[name]
+            highest = max(highest, gradients + edges + int(visit * half))
+            edges -= edge
+        return highest
