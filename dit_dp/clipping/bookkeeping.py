@@ -18,7 +18,6 @@ activations the backward has freed.
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from dit_dp import validate
@@ -82,8 +81,9 @@ class BookkeepingEngine(WatchedEngine):
             total = outers[0].gradients(parameter.shape)
             for part in outers[1:]:
                 total += part.gradients(parameter.shape)
-            self._squares += torch.stack([row.flatten().dot(row.flatten()) for row in total])
-            self._note(parameter, [Direct(total)])
+            kept = Direct(total)
+            self._squares += kept.rowwise_squared_norms()
+            self._note(parameter, [kept])
         else:
             self._squares += joined(outers).squared_norms(rule)
             self._note(parameter, parts)

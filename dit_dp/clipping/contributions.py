@@ -186,6 +186,10 @@ class Direct:
         """Return squared norms, (N,)."""
         return float32(self.value).flatten(1).square().sum(1)
 
+    def rowwise_squared_norms(self) -> Tensor:
+        """Return the same without a copy, one product an example: for values as large as a weight."""
+        return torch.stack([row.dot(row) for row in float32(self.value).flatten(1)])
+
     def add_clipped(self, grad: Tensor | None, factors: Tensor, shape: torch.Size, keep: Tensor | None) -> Tensor:
         """Return ``grad + sum_i c_i value_i``."""
         value = float32(self.value).flatten(1)

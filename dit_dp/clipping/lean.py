@@ -105,9 +105,8 @@ class LeanEngine(BookkeepingEngine):
 
     def _try(self, loss_fn: LossFn, batch: Batch, units: Units) -> None:
         super()._try(loss_fn, batch, units)
-        if self.blocks:
-            counts = range(1, min(2, units.num_units) + 1)
-            self._trials = tuple(self._run_trial(loss_fn, batch, units, count) for count in counts)
+        counts = range(1, min(2, units.num_units) + 1)
+        self._trials = tuple(self._run_trial(loss_fn, batch, units, count) for count in counts)
 
     # --- norms and sums -------------------------------------------------------------------------------------
 

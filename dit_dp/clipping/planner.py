@@ -1,4 +1,4 @@
-"""Which weights keep per-unit gradients, which blocks are recomputed, how large a physical batch: least time in a budget.
+"""Which weights keep per-unit gradients, how large a physical batch, which blocks are recomputed: least time in budget.
 
 Pure arithmetic over two trials (`probe`): storages with their lives, one unit's and two units' sizes. What is booked
 lengthens lives to the end of the backward, what is recomputed cuts them in two; the peak is read off the curve.
@@ -60,8 +60,8 @@ def make_plan(step: Step, budget_bytes: int, cost: Cost) -> Plan:
     """Return the fastest plan whose predicted peak is within a budget.
 
     The largest physical batch that fits with every block stored and booked comes first: recomputing costs a third of
-    a step and more, a smaller batch next to nothing. If not even one unit fits, blocks are recomputed, as few as will do.
-    The leanest plan of all is returned if none fits: its `peak_bytes` says what it would take.
+    a step and more, a smaller batch next to nothing. If not even one unit fits, blocks are recomputed, as few as will
+    do. The leanest plan of all is returned if none fits: its `peak_bytes` says what it would take.
     """
     blocks = len(step.blocks)
     for parts in range(1, step.num_units + 1):
@@ -177,7 +177,7 @@ class _Curve:
         return self.static + max(live, self._clip(books, revisited))
 
     def _cut(self, delta: list[int], names: tuple[str, ...], booked: int, stored: int) -> dict[str, tuple[int, int]]:
-        """Take blocks' activations away between forward and backward; return (visit, boundary) bytes of revisited ones."""
+        """Take blocks' activations away between forward and backward; return (visit, boundary) bytes of revisits."""
         trial = self._trial
         seen = [name for name in names if name in self._windows]
         borders = {index for indices in trial.inputs.values() for index in indices}

@@ -45,6 +45,10 @@ METHODS: dict[str, Method] = {
         summary="ordinary training, no clipping, no noise: the baseline of every ratio",
         private=False,
     ),
+    "auto": Method(
+        engine="dit_dp.clipping.auto:AutoEngine",
+        summary="ours: exact, the fastest plan within a memory budget: rules, physical batch, recomputed blocks",
+    ),
     "bookkeeping": Method(
         engine="dit_dp.clipping.bookkeeping:BookkeepingEngine",
         summary="ours: exact, one backward pass that books what the clipped sum needs",

@@ -1,0 +1,163 @@
+"""The fastest exact clipping within a memory budget: rules per weight, physical batch, recomputed blocks.
+
+Before the first step, trials of one unit and of two show what lives when (`probe`), rules are timed at the model's own
+shapes (`costs`), and a plan is made (`planner`): with room, every weight takes its fastest rule, and a step costs
+ordinary training's operations and the norms'; with less, weights that save most bytes a second lost change theirs, then
+the batch is taken in smaller parts, and where not even one unit fits, blocks are recomputed, as few as will do.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dit_dp import validate
+from dit_dp.clipping.batch import Batch, LossFn, tensors_of
+from dit_dp.clipping.bookkeeping import BookRule
+from dit_dp.clipping.contributions import Outer
+from dit_dp.clipping.costs import measured
+from dit_dp.clipping.lean import LeanEngine
+from dit_dp.clipping.planner import Plan, Step, make_plan
+from dit_dp.clipping.probe import Trial
+from dit_dp.clipping.units import Units
+from dit_dp.errors import EngineStateError, UsageError
+
+FREE_SHARE = 0.9
+"""Share of the free memory that the default budget takes."""
+
+ADAM_BYTES = 8
+"""Optimizer state a parameter: two float32 moments."""
+
+
+class AutoEngine(LeanEngine):
+    """Exact flat clipping by the fastest plan within a budget; the plan is in `choices`.
+
+    Performance settings:
+        memory_budget: Bytes that a step may reach at its peak, parameters, gradients and optimizer state included;
+            default: what is held now and 90 % of what is free.
+        optimizer_bytes: Optimizer state, bytes per parameter; Adam has 8, plain SGD 0.
+
+    Units of later batches are taken in parts no larger than planned. The peak is predicted from storages: temporaries
+    inside an operation are not seen (on CPU and CUDA below 1 % of a step for transformers).
+
+    **Guarantees** and **edge cases**: as in `lean`, whatever the plan.
+    """
+
+    method: ClassVar[str] = "auto"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_grad_norm: float,
+        on_phase: Callable[[str], None] | None = None,
+        memory_budget: int | None = None,
+        optimizer_bytes: int = ADAM_BYTES,
+    ) -> None:
+        if memory_budget is not None:
+            validate.integer("memory_budget", memory_budget, fix="give bytes")
+        validate.integer("optimizer_bytes", optimizer_bytes, minimum=0)
+        self.memory_budget, self.optimizer_bytes = memory_budget, optimizer_bytes
+        super().__init__(model, max_grad_norm=max_grad_norm, on_phase=on_phase)
+
+    def _attach(self) -> None:
+        super()._attach()
+        self._plan: Plan | None = None
+        self._planned: object = None
+        self._split = False
+        self._budget = 0
+        for block in self.blocks:
+            block.stored = block.booked = True
+
+    def backward(self, losses: Tensor) -> Tensor | None:
+        """Clip a forward that the caller ran, unless the plan is to take the batch in parts."""
+        if self._plan is not None and self._plan.physical_batch < losses.shape[0]:
+            raise EngineStateError(
+                f"backward: auto takes {self._plan.physical_batch} units at a time to stay within its budget, so it "
+                f"runs the forward itself; call accumulate"
+            )
+        return super().backward(losses)
+
+    def _take(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor | None:
+        """Take the batch in the plan's parts."""
+        if not self._trials:  # they failed, and the whole batch is run to say why
+            return super()._take(loss_fn, batch, units)
+        plan = self._plan_for(loss_fn, batch, units)
+        norms = []
+        for start in range(0, units.num_units, plan.physical_batch):
+            if start:
+                self._announce("forward")
+            part, some = units.take(batch, start, min(start + plan.physical_batch, units.num_units))
+            norms.append(super()._take(loss_fn, part, some))
+        return torch.cat([norm for norm in norms if norm is not None])
+
+    # --- the plan -------------------------------------------------------------------------------------------
+
+    def _plan_for(self, loss_fn: LossFn, batch: Batch, units: Units) -> Plan:
+        """Return the plan; make one for the first batch, for rows of other shapes, and for more units than fit one."""
+        rows = tuple((tensor.shape[1:], tensor.dtype) for tensor in tensors_of(batch))
+        plan = self._plan
+        if plan is not None and rows == self._planned and (units.num_units <= plan.physical_batch or self._split):
+            return plan
+        if plan is not None:
+            self._try(loss_fn, batch, units)
+        self._plan = self._make_plan(batch, units, self._trials)
+        self._planned, self._split = rows, self._plan.physical_batch < units.num_units
+        for index, block in enumerate(self.blocks):
+            block.booked = index < self._plan.booked
+            block.stored = index >= len(self.blocks) - self._plan.stored
+        return self._plan
+
+    def _make_plan(self, batch: Batch, units: Units, trials: tuple[Trial, ...]) -> Plan:
+        first = next(iter(self.model_parameters.values()))
+        held = [*self.model.parameters(), *self.model.buffers(), *tensors_of(batch)]
+        masters = [p for name, p in self.parameters.items() if p is not self.model_parameters[name]]
+        static = sum(t.numel() * t.element_size() for t in (*held, *masters))
+        static += sum(p.numel() for p in self.parameters.values()) * self.optimizer_bytes
+        self._budget = self.memory_budget or static + int(FREE_SHARE * _free_bytes(first.device))
+        step = Step(
+            trials=trials,
+            blocks=tuple(block.name for block in self.blocks),
+            parameter_bytes={name: p.numel() * p.element_size() for name, p in self.parameters.items()},
+            static_bytes=static,
+            num_units=units.num_units,
+        )
+        plan = make_plan(step, self._budget, measured(first.device, first.dtype))
+        if self.memory_budget is not None and plan.peak_bytes > self.memory_budget:
+            raise UsageError.for_value(
+                "memory_budget",
+                self.memory_budget,
+                f">= {plan.peak_bytes} bytes, which the leanest plan is predicted to take",
+                "or make the model or its input smaller",
+            )
+        return plan
+
+    def _rule_for(self, parameter: nn.Parameter, outers: list[Outer]) -> BookRule:
+        if self._plan is None:
+            return super()._rule_for(parameter, outers)
+        name = self._names[parameter]
+        if name in self._plan.keep and all(self._booked[parameter]):
+            return "keep"
+        return self._plan.norms.get(name, "outer product")
+
+    def choices(self) -> dict[str, Any]:
+        """Return the plan: rules, physical batch, blocks, predicted peak and budget."""
+        if self._plan is None:
+            return super().choices()
+        return {
+            **super().choices(),
+            "physical_batch": self._plan.physical_batch,
+            "memory_budget_bytes": self._budget,
+            "predicted_peak_bytes": self._plan.peak_bytes,
+        }
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return what may still be allocated on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    import psutil
+
+    return int(psutil.virtual_memory().available)
