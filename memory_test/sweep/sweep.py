@@ -12,7 +12,8 @@ from memory_test.core import store
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.schema import Environment, Record
 from memory_test.sweep.grid import Sweep
-from memory_test.sweep.runner import config_digest, default_threads, probe, run_cell
+from memory_test.sweep.process import default_threads
+from memory_test.sweep.runner import config_digest, probe, run_cell
 
 OnMismatch = Literal["refuse", "rerun"]
 

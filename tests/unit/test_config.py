@@ -44,7 +44,7 @@ def test_the_baseline_has_no_noise() -> None:
 
 def test_defaults_become_explicit() -> None:
     resolved = resolve()
-    left = {"memory_limit_gib"}
+    left = {"memory_limit_gib", "memory_budget_gib"}
     assert [name for name, value in resolved.items() if value is None and name not in left] == []
     assert resolved["optimizer_impl"] == "for-loop"
     assert ExperimentConfig(experiment="ghost").resolve(device="cuda", num_threads=1)["optimizer_impl"] == "foreach"
