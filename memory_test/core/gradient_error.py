@@ -5,6 +5,7 @@ from the configuration's seed, so that every method sees those of the oracle, wh
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,9 @@ def gradient_error(resolved: dict[str, Any], oracle: Path, on_progress: Callable
         resolved: From `ExperimentConfig.resolve`; a private method.
         oracle: From `write_oracle` of the same configuration but for the method.
         on_progress: Told of every phase.
+
+    Raises:
+        FloatingPointError: The method's sum is not finite.
     """
     torch.set_num_threads(resolved["num_threads"])
     model, data, batch = _subject(resolved)
@@ -78,6 +82,8 @@ def gradient_error(resolved: dict[str, Any], oracle: Path, on_progress: Callable
             assert parameter.grad is not None
             off += float((parameter.grad.double() - wanted).square().sum())
             size += float(wanted.square().sum())
+    if not math.isfinite(off):
+        raise FloatingPointError("the clipped sum is not finite, where the float64 loop's is")
     return float((off / size) ** 0.5)
 
 
