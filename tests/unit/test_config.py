@@ -55,6 +55,8 @@ def test_defaults_become_explicit() -> None:
     [
         ({"experiment": "vanila"}, ["experiment", "'vanila'", "vanilla, "]),
         ({"model": "DiT-M/2"}, ["model", "'DiT-M/2'", "DiT-XL/2"]),
+        ({"memory_budget_gib": 0.0}, ["memory_budget_gib", "0.0", "> 0"]),
+        ({"memory_budget_gib": 1.0}, ["memory_budget_gib", "1.0", "ghost takes no memory budget"]),
         ({"in_channels": 1}, ["in_channels", "3 (RGB pixels), 4 (VAE latents)"]),
         ({"image_size": 250}, ["image_size", "250", "multiple of 8"]),
         ({"image_size": 264, "patch_size": 2}, ["image_size", "multiple of 16"]),
