@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from memory_test.compare.suite import load_suite
 from memory_test.compare.table import HEADINGS, describe_choices, markdown_page, terminal_page
 from memory_test.report.palette import to_svg
 from memory_test.sweep.grid import SHIPPED
+from memory_test.sweep.turns import ParentTurns, WorkerTurns
 from tests.comparisons import comparison, contender, lost
 
 SUITE = """
@@ -64,6 +67,49 @@ def test_without_the_baseline_the_rounds_end() -> None:
     log: list[str] = []
     take_turns([Player("a", log, dies_at=2), Player("b", log), Player("c", log)], num_turns=9, untimed=0)
     assert "".join(log) == "abc" + "bca"
+
+
+def test_the_token_goes_to_and_fro() -> None:
+    """A worker answers when it is built and after every turn but the last, which it ends by leaving."""
+    log: list[str] = []
+    with ParentTurns() as turns:
+        token, done = os.dup(turns.token), os.dup(turns.done)
+        turns.close_worker_ends()
+
+        def work() -> None:
+            gate = WorkerTurns(token, done, steps_per_turn=2, rest=lambda: log.append("rest"))
+            for step in range(1, 5):
+                gate(step)
+                log.append(str(step))
+            os.close(done)
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        assert turns.wait(10) == "done"
+        assert log == ["rest"]
+        assert turns.wait(0.01) == "timeout"
+        turns.give()
+        assert turns.wait(10) == "done"
+        assert log == ["rest", "1", "2", "rest"]
+        turns.give()
+        assert turns.wait(10) == "exited"
+        worker.join()
+        os.close(token)
+        turns.give()  # nobody is there, and nothing happens
+    assert log[-2:] == ["3", "4"]
+
+
+def test_a_worker_whose_parent_is_gone_does_not_wait() -> None:
+    with ParentTurns() as turns:
+        token, done = os.dup(turns.token), os.dup(turns.done)
+    with pytest.raises(BrokenPipeError):
+        WorkerTurns(token, done, 1, lambda: None)(1)
+    os.close(done)
+    done = os.open(os.devnull, os.O_WRONLY)
+    with pytest.raises(EOFError, match="is gone"):
+        WorkerTurns(token, done, 1, lambda: None)(1)
+    os.close(token)
+    os.close(done)
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=20), st.floats(0.5, 4))
