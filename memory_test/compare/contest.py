@@ -79,7 +79,7 @@ def compare(configuration: Configuration, errand: Errand, say: Say) -> schema.Co
     standings = [Standing(entrant=entrant, config=entrant.config) for entrant in configuration.entrants]
     measure_memory(standings, say)
     with tempfile.TemporaryDirectory(prefix="memory-test-oracle-") as folder:
-        threshold, oracle_failure = measure_errors(standings, Path(folder) / "oracle.safetensors", say)
+        threshold, oracle_failure = measure_errors(standings, Path(folder), say)
     measure_time(standings, errand.protocol, say)
     device = errand.environment.device_type
     return schema.Comparison(
@@ -114,25 +114,40 @@ def measure_memory(standings: list[Standing], say: Say) -> None:
         say(f"{standing.entrant.label}: memory pass: {standing.status}, peak {format_bytes(peak)}")
 
 
-def measure_errors(standings: list[Standing], oracle: Path, say: Say) -> tuple[float | None, Failure | None]:
-    """Compare every private contender's clipped sum with the float64 loop's, which is computed once.
+def measure_errors(standings: list[Standing], folder: Path, say: Say) -> tuple[float | None, Failure | None]:
+    """Compare every private contender's clipped sum with the float64 loop's.
+
+    The loop runs once for all methods that clip the whole gradient, and once for each that clips otherwise.
+
+    Args:
+        standings: The baseline first.
+        folder: Where the loop's sums are kept meanwhile.
+        say: Told what goes on.
 
     Returns:
-        The threshold at which sums were clipped, or why the loop failed; neither if there was nothing to compare.
+        The threshold at which sums were clipped, and why a loop failed; `None` for what there was not.
     """
-    present = [s for s in standings if s.status == "ok" and METHODS[s.config.experiment].private]
-    if not present:
-        return None, None
-    say("float64 loop over examples")
-    found = work(standings[0].config, "oracle", {"file": str(oracle)})
-    if found.status != "ok" or found.answer is None:
-        return None, found.failure()
-    for standing in present:
-        answer = standing.take(work(standing.config, "gradient_error", {"file": str(oracle)}))
+    threshold, failure = None, None
+    oracles: dict[str, tuple[str, Outcome]] = {}
+    for standing in standings:
+        method = METHODS[standing.config.experiment]
+        if standing.status != "ok" or not method.private:
+            continue
+        mechanism = "flat" if method.flat else standing.config.experiment
+        if mechanism not in oracles:
+            say(f"float64 loop over examples, {mechanism} clipping")
+            file = str(folder / f"{mechanism}.safetensors")
+            oracles[mechanism] = file, work(standing.config, "oracle", {"file": file})
+        file, found = oracles[mechanism]
+        if found.status != "ok" or found.answer is None:
+            failure = failure or found.failure()
+            continue
+        threshold = found.answer["max_grad_norm"]
+        answer = standing.take(work(standing.config, "gradient_error", {"file": file}))
         if answer is not None:
             standing.gradient_error = answer["gradient_error"]
             say(f"{standing.entrant.label}: gradient error {standing.gradient_error:.1e}")
-    return found.answer["max_grad_norm"], None
+    return threshold, failure
 
 
 def measure_time(standings: list[Standing], protocol: schema.Protocol, say: Say) -> None:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dit_dp.clipping import attach
+from dit_dp.clipping import METHODS, attach
 from dit_dp.clipping.reference import clipped_sum
 from dit_dp.models.dit import randomize_zero_init_
 from memory_test.core.workload import Data, build_data, build_model, engine_options, loss_function
@@ -40,13 +40,16 @@ def write_oracle(resolved: dict[str, Any], path: Path) -> Oracle:
     """Compute the clipped sum of a configuration's first batch in float64 and save it as safetensors.
 
     Args:
-        resolved: From `ExperimentConfig.resolve`; its method and dtype play no part.
+        resolved: From `ExperimentConfig.resolve`. Its dtype plays no part, and its method only where that does not
+            clip the whole gradient.
         path: File to write: the sum by parameter name, and `Oracle` as metadata.
     """
+    torch.set_num_threads(resolved["num_threads"])
     model, data, batch = _subject(resolved)
+    groups = _groups(model, resolved["experiment"])
     _, norms = clipped_sum(model, data.objective, batch, 1.0)
     found = Oracle(max_grad_norm=median(norms.tolist()), norms=norms.tolist())
-    total, _ = clipped_sum(model, data.objective, batch, found.max_grad_norm)
+    total, _ = clipped_sum(model, data.objective, batch, found.max_grad_norm, groups=groups)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in total.items()}
     save_file(tensors, path, metadata={"oracle": json.dumps(vars(found))})
     return found
@@ -57,7 +60,7 @@ def gradient_error(resolved: dict[str, Any], oracle: Path, on_progress: Callable
 
     Args:
         resolved: From `ExperimentConfig.resolve`; a private method.
-        oracle: From `write_oracle` of the same configuration but for the method.
+        oracle: From `write_oracle` of the same configuration; of any method that clips as this one does.
         on_progress: Told of every phase.
 
     Raises:
@@ -85,6 +88,15 @@ def gradient_error(resolved: dict[str, Any], oracle: Path, on_progress: Callable
     if not math.isfinite(off):
         raise FloatingPointError("the clipped sum is not finite, where the float64 loop's is")
     return float((off / size) ** 0.5)
+
+
+def _groups(model: nn.Module, method: str) -> list[list[str]] | None:
+    """Return the parameter names that a method clips together; `None` where it clips the whole gradient."""
+    if METHODS[method].flat:
+        return None
+    engine = attach(model, method)
+    engine.detach()
+    return engine.groups
 
 
 def _subject(resolved: dict[str, Any]) -> tuple[nn.Module, Data, dict[str, Tensor]]:
