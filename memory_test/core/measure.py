@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_dp.clipping import attach
 from dit_dp.clipping.engine import Engine
@@ -87,11 +87,7 @@ def _memory_pass(resolved: dict[str, Any], on_progress: Callable[[str], None]) -
 
 
 def run_loop(
-    resolved: dict[str, Any],
-    meter: Meter,
-    num_steps: int,
-    on_progress: Callable[[str], None],
-    gate: Gate | None = None,
+    resolved: dict[str, Any], meter: Meter, num_steps: int, on_progress: Callable[[str], None], gate: Gate | None = None
 ) -> dict[str, Any]:
     """Build everything and take `num_steps` steps, telling the meter of every phase.
 
@@ -112,6 +108,27 @@ def run_loop(
         meter.mark(step, phase)
 
     announce("model")
+    engine, optimizer = _build(resolved, announce)
+    announce("input")
+    data = build_data(resolved)
+    loss_fn = loss_function(data, resolved["dtype"])
+    batch: dict[str, Tensor] = {}
+    meter.hold(lambda: _holdings(engine, optimizer, batch))
+    settings = {"noise_multiplier": resolved["noise_multiplier"], "expected_batch_size": resolved["batch_size"]}
+    told = {"generator": data.device_generator, "on_phase": announce}
+    for step in range(1, num_steps + 1):
+        if gate is not None:
+            gate(step)
+        announce("input")
+        batch = {}  # the last one goes before the next comes
+        batch = data.batch(resolved["batch_size"])
+        train_step(engine, optimizer, loss_fn, batch, **settings, **told)
+        announce(END)
+    return _choices(engine)
+
+
+def _build(resolved: dict[str, Any], announce: Callable[[str], None]) -> tuple[Engine, torch.optim.Optimizer]:
+    """Return the engine, attached to a new model, and the optimizer of its parameters."""
     torch.manual_seed(resolved["seed"])
     model = build_model(resolved).to(resolved["device"])
     options = engine_options(resolved)
@@ -122,35 +139,14 @@ def run_loop(
         learning_rate=resolved["learning_rate"],
         implementation=resolved["optimizer_impl"],
     )
-    announce("input")
-    data = build_data(resolved)
-    loss_fn = loss_function(data, resolved["dtype"])
-    batch: dict[str, Tensor] = {}
-    meter.hold(lambda: _holdings(model, engine, optimizer, batch))
-    for step in range(1, num_steps + 1):
-        if gate is not None:
-            gate(step)
-        announce("input")
-        batch = {}  # the last one goes before the next comes
-        batch = data.batch(resolved["batch_size"])
-        train_step(
-            engine,
-            optimizer,
-            loss_fn,
-            batch,
-            noise_multiplier=resolved["noise_multiplier"],
-            expected_batch_size=resolved["batch_size"],
-            generator=data.device_generator,
-            on_phase=announce,
-        )
-        announce(END)
-    return _choices(model, engine)
+    return engine, optimizer
 
 
 def _holdings(
-    model: nn.Module, engine: Engine, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
+    engine: Engine, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield everything held now, with its category."""
+    model = engine.model
     for parameter in model.parameters():
         yield "parameters", parameter
         if parameter.grad is not None:
@@ -166,10 +162,10 @@ def _holdings(
         yield "input", tensor
 
 
-def _choices(model: nn.Module, engine: Engine) -> dict[str, Any]:
+def _choices(engine: Engine) -> dict[str, Any]:
     trainable = sum(p.numel() for p in engine.parameters.values())
     return {
-        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_parameters": sum(p.numel() for p in engine.model.parameters()),
         "num_trainable_parameters": trainable,
         **engine.choices(),
     }
