@@ -115,7 +115,7 @@ def run_loop(
     batch: dict[str, Tensor] = {}
     meter.hold(lambda: _holdings(engine, optimizer, batch))
     settings = {"noise_multiplier": resolved["noise_multiplier"], "expected_batch_size": resolved["batch_size"]}
-    told = {"generator": data.device_generator, "on_phase": announce}
+    told: dict[str, Any] = {"generator": data.device_generator, "on_phase": announce}
     for step in range(1, num_steps + 1):
         if gate is not None:
             gate(step)
