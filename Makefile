@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO ?= memory_test/sweeps/demo.yaml
 DEMO_DIR ?= results/runs/demo
 
-.PHONY: demo test test-full lint reference seeds clean
+.PHONY: demo test test-full lint reference engine-cpu seeds clean
 
 demo: $(VENV)/.installed
 	@mkdir -p $(dir $(DEMO_DIR))
@@ -28,6 +28,11 @@ lint: $(VENV)/.installed-test
 reference: $(VENV)/.installed
 	mkdir -p results/cpu
 	$(BIN)/memory-test sweep memory_test/sweeps/cpu_small.yaml --output-dir results/cpu --report
+
+# The clipping engine against ordinary training and Opacus, in turns on one thread; finished configurations are kept.
+engine-cpu: $(VENV)/.installed
+	mkdir -p results/engine_cpu
+	$(BIN)/memory-test compare engine_cpu --output-dir results/engine_cpu
 
 # The commands the project was started with, at full size. On a machine without some 50 GB the second ends, as it
 # should, in a record with status oom and exit code 1.

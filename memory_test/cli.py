@@ -22,6 +22,7 @@ from memory_test.core.config import ExperimentConfig
 COMMANDS = {
     "run": "measure one cell and write its record",
     "sweep": "measure every cell of a YAML file, resumable",
+    "compare": "time methods against a baseline in turns, step by step, resumable",
     "report": "figures, Markdown and one HTML page from a folder of records",
     "inspect": "module tree, trainable parameters, which method supports which layer",
 }
@@ -72,7 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         _say(_usage())
         return 0
-    runners = {"run": main_run, "sweep": main_sweep, "report": main_report, "inspect": main_inspect}
+    runners = {
+        "run": main_run,
+        "sweep": main_sweep,
+        "compare": main_compare,
+        "report": main_report,
+        "inspect": main_inspect,
+    }
     if name not in runners:
         return _complain(UsageError.for_value("command", name, COMMANDS))
     return runners[name](arguments[1:], f"memory-test {name}")
@@ -86,6 +93,18 @@ def main_run(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def main_sweep(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a sweep."""
     return _guarded(SweepArgs, argv, prog, _sweep)
+
+
+def main_compare(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run a paired comparison."""
+    from memory_test.compare.args import CompareArgs
+
+    def compare(args: CompareArgs) -> int:
+        from memory_test.compare.compare import run_compare
+
+        return run_compare(args)
+
+    return _guarded(CompareArgs, argv, prog, compare)
 
 
 def main_report(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

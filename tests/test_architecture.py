@@ -17,6 +17,7 @@ LAYERS = [
     {"dit_dp.training"},
     {"memory_test.core"},
     {"memory_test.sweep", "memory_test.report", "memory_test.inspection"},
+    {"memory_test.compare"},
     {"memory_test.cli"},
     {"memory_test.diffusion_profile"},
 ]
@@ -27,6 +28,7 @@ WITHOUT_TORCH = [
     "dit_dp.clipping",
     "dit_dp.models",
     "memory_test.cli",
+    "memory_test.compare.compare",
     "memory_test.core.breakdown",
     "memory_test.core.config",
     "memory_test.core.schema",

@@ -27,6 +27,7 @@ class Method:
         supports_autocast: Whether it runs under bf16 autocast.
         flat: Whether the norm that is clipped is that of the whole gradient; if not, results of two methods differ.
         owns_forward: Whether it must run the forward itself, so that `Engine.backward` is refused.
+        takes_memory_budget: Whether `attach` accepts ``memory_budget``, the peak (bytes) that it plans for.
     """
 
     engine: str
@@ -37,6 +38,7 @@ class Method:
     supports_autocast: bool = True
     flat: bool = True
     owns_forward: bool = False
+    takes_memory_budget: bool = False
 
 
 METHODS: dict[str, Method] = {

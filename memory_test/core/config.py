@@ -79,6 +79,8 @@ class ExperimentConfig:
     """CPU threads; default: the number of physical cores."""
     memory_limit_gib: float | None = None
     """CPU: memory the worker may take; default 85 % of what is free."""
+    memory_budget_gib: float | None = None
+    """Peak memory the method may plan for; only for methods that take a budget."""
     timeout_s: float = 3600.0
     """Longest time for one process."""
 
@@ -97,8 +99,9 @@ class ExperimentConfig:
         validate.real("class_dropout_prob", self.class_dropout_prob, positive=False)
         if self.class_dropout_prob > 1:
             raise UsageError.for_value("class_dropout_prob", self.class_dropout_prob, "a number from 0 to 1")
-        if self.memory_limit_gib is not None:
-            validate.real("memory_limit_gib", self.memory_limit_gib, positive=True)
+        for name in ("memory_limit_gib", "memory_budget_gib"):
+            if getattr(self, name) is not None:
+                validate.real(name, getattr(self, name), positive=True)
         for name in ("device", "dtype", "optimizer", "optimizer_impl", "data"):
             validate.one_of(name, getattr(self, name), get_args(_HINTS[name]))
         self._check_shapes()
@@ -159,6 +162,8 @@ class ExperimentConfig:
                 f"{self.experiment} keeps layer inputs by forward hooks, which run twice under it; "
                 f"methods that support it: {accepted}",
             )
+        if self.memory_budget_gib is not None and not METHODS[self.experiment].takes_memory_budget:
+            raise UsageError.for_value("memory_budget_gib", self.memory_budget_gib, "None", no_budget(self.experiment))
 
     @property
     def resolved_latent_downsample(self) -> int:
@@ -226,6 +231,12 @@ class ExperimentConfig:
         if self.optimizer_impl == "auto":
             resolved["optimizer_impl"] = "foreach" if device == "cuda" else "for-loop"
         return resolved
+
+
+def no_budget(method: str) -> str:
+    """Return why a method cannot be given a memory budget, and which methods can."""
+    takers = ", ".join(name for name, entry in METHODS.items() if entry.takes_memory_budget) or "none"
+    return f"{method} takes no memory budget; methods that do: {takers}"
 
 
 _HINTS = get_type_hints(ExperimentConfig)

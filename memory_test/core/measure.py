@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_dp.clipping import attach
 from dit_dp.clipping.engine import Engine
@@ -16,7 +16,10 @@ from dit_dp.training import make_optimizer, train_step
 from memory_test.core import breakdown as logs
 from memory_test.core.meters import END, Clock, MemoryReading, Meter, Times, memory_meter
 from memory_test.core.schema import PHASES, PhaseRecord, Repeat
-from memory_test.core.workload import build_data, build_model, loss_function
+from memory_test.core.workload import build_data, build_model, engine_options, loss_function
+
+Gate = Callable[[int], None]
+"""Awaited before a step, told its number."""
 
 MEMORY_STEPS = 3
 """Steps of a memory pass: the first, whose optimizer state is born in it, and two steady ones."""
@@ -37,26 +40,63 @@ def measure(resolved: dict[str, Any], on_progress: Callable[[str], None]) -> Mea
         resolved: From `ExperimentConfig.resolve`.
         on_progress: Told ``pass: phase`` at every phase, so that a parent knows where a worker died.
     """
-    torch.set_num_threads(resolved["num_threads"])
     warmup, timed = resolved["warmup"], resolved["num_iter"]
-    clock = Clock(resolved["device"], rss_step=1 + warmup)
-    choices = run_loop(resolved, clock, 1 + warmup + timed, lambda phase: on_progress(f"timing: {phase}"))
-    times = clock.read()
+    steady = range(2 + warmup, 2 + warmup + timed)
+    times, choices = time_steps(resolved, on_progress, steady)
     peak_rss = _peak_rss_bytes()
-    _release(resolved["device"])
+    gc.collect()
+    release(resolved["device"])
+    reading, found = _memory_pass(resolved, on_progress)
+    return Measured(_summarise(reading, times, steady, peak_rss), {**choices, **found})
+
+
+def measure_memory(resolved: dict[str, Any], on_progress: Callable[[str], None]) -> Measured:
+    """Take the memory pass alone; the result has no times. Arguments as for `measure`."""
+    torch.set_num_threads(resolved["num_threads"])
+    reading, choices = _memory_pass(resolved, on_progress)
+    return Measured(_summarise(reading, Times({}, {}, {}), range(0), None), choices)
+
+
+def time_steps(
+    resolved: dict[str, Any], on_progress: Callable[[str], None], timed: range, gate: Gate | None = None
+) -> tuple[Times, dict[str, Any]]:
+    """Run the loop under a clock.
+
+    Args:
+        resolved: From `ExperimentConfig.resolve`.
+        on_progress: As for `measure`.
+        timed: Numbers of the steps that count; the loop ends with the last.
+        gate: As for `run_loop`.
+
+    Returns:
+        The times of all steps, drawing the input left out, and what was chosen automatically.
+    """
+    torch.set_num_threads(resolved["num_threads"])
+    clock = Clock(resolved["device"], rss_step=timed[0] - 1)
+    choices = run_loop(resolved, clock, timed[-1], lambda phase: on_progress(f"timing: {phase}"), gate)
+    return clock.read(), choices
+
+
+def _memory_pass(resolved: dict[str, Any], on_progress: Callable[[str], None]) -> tuple[MemoryReading, dict[str, Any]]:
+    """Run the loop under a memory meter; return its reading and what was chosen or found out."""
     with memory_meter(resolved["device"]) as meter:
-        run_loop(resolved, meter, MEMORY_STEPS, lambda phase: on_progress(f"memory: {phase}"))
+        choices = run_loop(resolved, meter, MEMORY_STEPS, lambda phase: on_progress(f"memory: {phase}"))
     on_progress("memory: analysing")
     reading = meter.read()
-    choices["attention_kernels"] = list(reading.kernels)
-    steady = range(2 + warmup, 2 + warmup + timed)
-    return Measured(_summarise(reading, times, steady, peak_rss), choices)
+    return reading, {**choices, "attention_kernels": list(reading.kernels)}
 
 
 def run_loop(
-    resolved: dict[str, Any], meter: Meter, num_steps: int, on_progress: Callable[[str], None]
+    resolved: dict[str, Any], meter: Meter, num_steps: int, on_progress: Callable[[str], None], gate: Gate | None = None
 ) -> dict[str, Any]:
     """Build everything and take `num_steps` steps, telling the meter of every phase.
+
+    Args:
+        resolved: From `ExperimentConfig.resolve`.
+        meter: What watches.
+        num_steps: Steps to take.
+        on_progress: Told of every phase.
+        gate: Called with the number of each step before it begins, between phases; may wait.
 
     Returns:
         What was chosen automatically, and parameter counts.
@@ -68,42 +108,45 @@ def run_loop(
         meter.mark(step, phase)
 
     announce("model")
+    engine, optimizer = _build(resolved, announce)
+    announce("input")
+    data = build_data(resolved)
+    loss_fn = loss_function(data, resolved["dtype"])
+    batch: dict[str, Tensor] = {}
+    meter.hold(lambda: _holdings(engine, optimizer, batch))
+    settings = {"noise_multiplier": resolved["noise_multiplier"], "expected_batch_size": resolved["batch_size"]}
+    told: dict[str, Any] = {"generator": data.device_generator, "on_phase": announce}
+    for step in range(1, num_steps + 1):
+        if gate is not None:
+            gate(step)
+        announce("input")
+        batch = {}  # the last one goes before the next comes
+        batch = data.batch(resolved["batch_size"])
+        train_step(engine, optimizer, loss_fn, batch, **settings, **told)
+        announce(END)
+    return _choices(engine)
+
+
+def _build(resolved: dict[str, Any], announce: Callable[[str], None]) -> tuple[Engine, torch.optim.Optimizer]:
+    """Return the engine, attached to a new model, and the optimizer of its parameters."""
     torch.manual_seed(resolved["seed"])
     model = build_model(resolved).to(resolved["device"])
-    engine = attach(model, resolved["experiment"], resolved["max_grad_norm"], on_phase=announce)
+    options = engine_options(resolved)
+    engine = attach(model, resolved["experiment"], resolved["max_grad_norm"], on_phase=announce, **options)
     optimizer = make_optimizer(
         resolved["optimizer"],
         engine.parameters.values(),
         learning_rate=resolved["learning_rate"],
         implementation=resolved["optimizer_impl"],
     )
-    announce("input")
-    data = build_data(resolved)
-    loss_fn = loss_function(data, resolved["dtype"])
-    batch: dict[str, Tensor] = {}
-    meter.hold(lambda: _holdings(model, engine, optimizer, batch))
-    for step in range(1, num_steps + 1):  # noqa: B007  (announce reads it)
-        announce("input")
-        batch = {}  # the last one goes before the next comes
-        batch = data.batch(resolved["batch_size"])
-        train_step(
-            engine,
-            optimizer,
-            loss_fn,
-            batch,
-            noise_multiplier=resolved["noise_multiplier"],
-            expected_batch_size=resolved["batch_size"],
-            generator=data.device_generator,
-            on_phase=announce,
-        )
-        announce(END)
-    return _choices(model, engine)
+    return engine, optimizer
 
 
 def _holdings(
-    model: nn.Module, engine: Engine, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
+    engine: Engine, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield everything held now, with its category."""
+    model = engine.model
     for parameter in model.parameters():
         yield "parameters", parameter
         if parameter.grad is not None:
@@ -119,10 +162,10 @@ def _holdings(
         yield "input", tensor
 
 
-def _choices(model: nn.Module, engine: Engine) -> dict[str, Any]:
+def _choices(engine: Engine) -> dict[str, Any]:
     trainable = sum(p.numel() for p in engine.parameters.values())
     return {
-        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_parameters": sum(p.numel() for p in engine.model.parameters()),
         "num_trainable_parameters": trainable,
         **engine.choices(),
     }
@@ -180,9 +223,8 @@ def _phase(phase: str, reading: MemoryReading, totals: list[int], times: Times, 
     )
 
 
-def _release(device: str) -> None:
-    """Give back what the timing pass held, so that the memory pass starts clean."""
-    gc.collect()
+def release(device: str) -> None:
+    """Finish what was launched and give cached memory back: to another pass, or to another process."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch._C._cuda_clearCublasWorkspaces()

@@ -6,10 +6,13 @@ import tempfile
 from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_dp.errors import UsageError
 from memory_test.core.schema import SCHEMA_VERSION, Record
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 @cache
@@ -66,17 +69,22 @@ def save(record: Record, path: Path) -> None:
 
 
 def save_measured(record: Record, path: Path) -> None:
-    """Write a record that took time to obtain; if that fails, keep it in the system's temporary folder.
+    """Write a record that took time to obtain; see `write_measured`."""
+    write_measured(dump(record), path)
+
+
+def write_measured(text: str, path: Path) -> None:
+    """Write what took time to obtain; if that fails, keep it in the system's temporary folder.
 
     Raises:
         UsageError: It could not be written where it was asked for; says where it is kept, if anywhere.
     """
     try:
-        save(record, path)
+        write_text(path, text)
     except UsageError as error:
         try:
             rescue = Path(tempfile.mkdtemp(prefix="memory-test-rescued-")) / path.name
-            save(record, rescue)
+            write_text(rescue, text)
         except (OSError, UsageError):
             raise error from None
         raise UsageError(f"{error}; the record is kept as {rescue}") from error
@@ -88,32 +96,45 @@ def load(path: Path) -> Record:
     Raises:
         UsageError: Not JSON, half-written, of a newer schema, or not a record; names the file.
     """
+    record: Record = read(path, _adapter(), "record", SCHEMA_VERSION)
+    return record
+
+
+def read(path: Path, adapter: "TypeAdapter[Any]", name: str, newest: int) -> Any:
+    """Read a versioned JSON file strictly.
+
+    Args:
+        path: The file.
+        adapter: Of the class it holds.
+        name: What messages call such a file.
+        newest: The latest schema version that is understood.
+
+    Raises:
+        UsageError: As for `load`.
+    """
     from pydantic import ValidationError
 
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError.for_value("record", str(path), "a readable file", error.strerror) from error
+        raise UsageError.for_value(name, str(path), "a readable file", error.strerror) from error
     except ValueError as error:
         raise UsageError.for_value(
-            "record", str(path), "a complete JSON file", f"move it away or measure it again ({error})"
+            name, str(path), "a complete JSON file", f"move it away or measure it again ({error})"
         ) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(version, int):
-        raise UsageError.for_value("record", str(path), "a memory-test record", "it has no schema_version")
-    if version > SCHEMA_VERSION:
-        raise UsageError.for_value(
-            "schema_version", version, f"<= {SCHEMA_VERSION}", f"{path} needs a newer memory-test"
-        )
+        raise UsageError.for_value(name, str(path), f"a memory-test {name}", "it has no schema_version")
+    if version > newest:
+        raise UsageError.for_value("schema_version", version, f"<= {newest}", f"{path} needs a newer memory-test")
     try:
-        record: Record = _adapter().validate_json(json.dumps(data))
+        return adapter.validate_json(json.dumps(data))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UsageError(
-            f"record: {path} does not follow schema {version} at {where}: {first['msg']}; measure it again"
+            f"{name}: {path} does not follow schema {version} at {where}: {first['msg']}; measure it again"
         ) from error
-    return record
 
 
 def load_folder(folder: Path, only: Collection[Path] | None = None) -> Iterator[tuple[Path, Record]]:

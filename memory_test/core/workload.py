@@ -10,6 +10,7 @@ from dit_dp.clipping.batch import Batch, LossFn
 from dit_dp.data import ImageSet, digits, synthetic
 from dit_dp.errors import UsageError
 from dit_dp.objectives import DDPMObjective
+from memory_test.core.units import GIB
 
 _SYNTHETIC_IMAGES = 64
 
@@ -86,6 +87,12 @@ def build_data(resolved: dict[str, Any]) -> Data:
         generator=torch.Generator().manual_seed(resolved["seed"]),
         device_generator=torch.Generator(device=device).manual_seed(resolved["seed"]),
     )
+
+
+def engine_options(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings an engine is attached with: its memory budget in bytes, if it was given one."""
+    budget = resolved["memory_budget_gib"]
+    return {} if budget is None else {"memory_budget": int(budget * GIB)}
 
 
 def loss_function(data: Data, dtype: str) -> LossFn:

@@ -35,6 +35,7 @@ FREE = (
     "noise_multiplier",
     "timeout_s",
     "memory_limit_gib",
+    "memory_budget_gib",
 )
 """Fields that may differ within a group: the method, the batch size, the protocol, values without a cost."""
 

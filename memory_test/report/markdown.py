@@ -1,8 +1,6 @@
 """A group as text: the key finding, the table of methods, failures, environment and protocol."""
 
-import html
 import math
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +19,11 @@ from memory_test.report.frames import (
     headline_batch,
     measured_if_any,
 )
+from memory_test.report.tables import escape, markdown_table, plain_table
 
 HEADINGS = ("method", "batch", "peak", "× vanilla", "step", "× vanilla", "examples/s", "status")
+LEFT = (0, 7)
+"""Columns aligned to the left."""
 SPREAD_NOTE = (
     "Examples/s: median over all timed steps ± half the interquartile range. "
     "× vanilla: ratio to ordinary training of the same group and batch size."
@@ -242,33 +243,13 @@ def excerpt(frame: pd.DataFrame) -> str:
 
 
 def _table(rows: Sequence[Cell]) -> str:
-    aligned = [":--", "--:", "--:", "--:", "--:", "--:", "--:", ":--"]
-    lines = [HEADINGS, tuple(aligned), *(tuple(escape(value) for value in row.values) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def escape(text: str) -> str:
-    """Return text that Markdown shows as it is, on one line."""
-    text = html.escape(text, quote=False)
-    return " ".join(re.sub(r"([\\`*_\[\]|])", r"\\\1", text).split())
+    return markdown_table(HEADINGS, [row.values for row in rows], LEFT)
 
 
 def terminal_table(frame: pd.DataFrame) -> str:
     """Return the summary of every group as aligned plain text, for a terminal."""
     blocks = []
     for group in groups(frame):
-        table = [HEADINGS, *(cell.values for cell in cells(group.rows))]
-        widths = [max(len(line[column]) for line in table) for column in range(len(HEADINGS))]
-        lines = [_aligned(line, widths) for line in table]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        blocks.append("\n".join([group.title, "", *lines, "", key_finding(group.rows)]))
+        table = plain_table(HEADINGS, [cell.values for cell in cells(group.rows)], LEFT)
+        blocks.append("\n".join([group.title, "", table, "", key_finding(group.rows)]))
     return "\n\n".join(blocks) + "\n"
-
-
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    left = (0, len(widths) - 1)
-    padded = [
-        text.ljust(width) if column in left else text.rjust(width)
-        for column, (text, width) in enumerate(zip(line, widths, strict=True))
-    ]
-    return "  ".join(padded).rstrip()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from dit_dp.errors import UsageError
 from memory_test.core import store
@@ -48,29 +49,25 @@ def write_report(folder: Path, output_dir: Path, only: Collection[Path] | None =
         UsageError: No or unreadable records, records that may not be put together, or nowhere to write.
     """
     frame = load_frame(folder, only)
-    pictures = _output_folder(output_dir)
+    pictures = output_folder(output_dir)
     drawn: dict[str, list[tuple[Plate, str]]] = {}
     written: list[Path] = []
     for group in groups(frame):
         drawn[group.slug] = []
         for plate in plates(group):
-            text = describe(plate, frame)
-            svg = to_svg(plate.figure, plate.title, text)
-            drawn[group.slug].append((plate, svg))
-            vector, pixels = pictures / f"{plate.name}.svg", pictures / f"{plate.name}.png"
-            store.write_text(vector, svg)
-            _write_bytes(pixels, to_png(plate.figure, plate.title, text))
-            written += [vector, pixels]
-    paths = ReportPaths(
+            paths = write_figure(plate.figure, pictures / plate.name, plate.title, describe(plate, frame))
+            drawn[group.slug].append((plate, paths[0].read_text(encoding="utf-8")))
+            written += paths
+    report = ReportPaths(
         html=output_dir / "report.html",
         markdown=output_dir / "report.md",
         csv=output_dir / "summary.csv",
         figures=tuple(written),
     )
-    store.write_text(paths.csv, summary_csv(frame))
-    store.write_text(paths.markdown, markdown_report(frame))
-    store.write_text(paths.html, html_report(frame, drawn))
-    return paths
+    store.write_text(report.csv, summary_csv(frame))
+    store.write_text(report.markdown, markdown_report(frame))
+    store.write_text(report.html, html_report(frame, drawn))
+    return report
 
 
 def summary_csv(frame: pd.DataFrame) -> str:
@@ -87,7 +84,25 @@ def describe(plate: Plate, frame: pd.DataFrame) -> str:
     return f"{plate.caption} Records: {', '.join(paths)}"
 
 
-def _output_folder(output_dir: Path) -> Path:
+def write_figure(figure: Figure, path: Path, title: str, text: str) -> list[Path]:
+    """Write a figure as SVG and PNG.
+
+    Args:
+        figure: The figure.
+        path: Where, without suffix.
+        title: Stored in its metadata.
+        text: Stored there too: how to read it and the records it came from.
+
+    Returns:
+        The two files, the SVG first.
+    """
+    vector, pixels = path.with_name(f"{path.name}.svg"), path.with_name(f"{path.name}.png")
+    store.write_text(vector, to_svg(figure, title, text))
+    _write_bytes(pixels, to_png(figure, title, text))
+    return [vector, pixels]
+
+
+def output_folder(output_dir: Path) -> Path:
     """Create the output folder and its folder of figures, and return the latter."""
     if not output_dir.parent.is_dir():
         raise UsageError.for_value(

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -46,17 +47,7 @@ def load_sweep(path: Path) -> Sweep:
     Raises:
         UsageError: Missing file, broken YAML, an unknown key, a value of the wrong type or out of range, no cell.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError.for_value("sweep", str(path), "a readable YAML file", error.strerror) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError.for_value("sweep", str(path), "valid YAML", " ".join(str(error).split())) from error
-    if not isinstance(data, dict):
-        raise UsageError.for_value("sweep", str(path), "a mapping with base and grid")
-    for key in data:
-        if key not in _KEYS:
-            raise UsageError.for_value(f"{path}: key", key, _KEYS)
+    data = read_yaml(path, "sweep", _KEYS)
     base, grid = _mapping(path, data, "base"), _mapping(path, data, "grid")
     excluded, extra = _list(path, data, "exclude"), _list(path, data, "cells")
     for key, values in grid.items():
@@ -71,6 +62,31 @@ def load_sweep(path: Path) -> Sweep:
     if len(devices) > 1:
         raise UsageError.for_value(f"{path}: device", ", ".join(devices), "one device", "write a sweep for each")
     return Sweep(name=str(data.get("name", path.stem)), description=str(data.get("description", "")), cells=cells)
+
+
+def read_yaml(path: Path, name: str, keys: Sequence[str]) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Args:
+        path: The file.
+        name: What messages call such a file.
+        keys: The keys it may hold at the top.
+
+    Raises:
+        UsageError: Missing file, broken YAML, not a mapping, an unknown key.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError.for_value(name, str(path), "a readable YAML file", error.strerror) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError.for_value(name, str(path), "valid YAML", " ".join(str(error).split())) from error
+    if not isinstance(data, dict):
+        raise UsageError.for_value(name, str(path), f"a mapping of {', '.join(keys)}")
+    for key in data:
+        if key not in keys:
+            raise UsageError.for_value(f"{path}: key", key, keys)
+    return data
 
 
 def make_cell(path: Path, values: dict[str, Any]) -> ExperimentConfig:

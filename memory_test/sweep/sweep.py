@@ -12,7 +12,8 @@ from memory_test.core import store
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.schema import Environment, Record
 from memory_test.sweep.grid import Sweep
-from memory_test.sweep.runner import config_digest, default_threads, probe, run_cell
+from memory_test.sweep.process import default_threads
+from memory_test.sweep.runner import config_digest, probe, run_cell
 
 OnMismatch = Literal["refuse", "rerun"]
 
@@ -51,21 +52,14 @@ def prepare(sweep: Sweep, folder: Path, on_mismatch: OnMismatch = "refuse", retr
     Raises:
         UsageError: The folder cannot be written to, or holds records of another environment.
     """
-    if not folder.parent.is_dir():
-        raise UsageError.for_value("output_dir", str(folder), "a folder whose parent exists", f"mkdir -p {folder}")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError.for_value("output_dir", str(folder), "a folder", "this is a file")
+    check_folder(folder)
     environment, resolved = probe(sweep.cells[0])
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UsageError.for_value("output_dir", str(folder), "a writable folder", error.strerror) from error
-    store.check_writable(folder / "record.json", "output_dir")
+    make_folder(folder)
     cells = []
     for config in sweep.cells:
         path = folder / file_name(config, resolved["device"])
         record = store.load(path) if path.exists() else None
-        if record is not None and not _same_environment(record, environment, path, on_mismatch):
+        if record is not None and not _comparable(record, environment, path, on_mismatch):
             record = None
         if record is not None and retry_failed and record.status not in ("ok", "oom"):
             record = None
@@ -98,11 +92,33 @@ def file_name(config: ExperimentConfig, device: str) -> str:
     return "-".join([*parts, config_digest(resolved)[:8]]) + ".json"
 
 
-def _same_environment(record: Record, environment: Environment, path: Path, on_mismatch: OnMismatch) -> bool:
+def check_folder(folder: Path) -> None:
+    """Raise `UsageError` unless `folder` is one or could be made."""
+    if not folder.parent.is_dir():
+        raise UsageError.for_value("output_dir", str(folder), "a folder whose parent exists", f"mkdir -p {folder}")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError.for_value("output_dir", str(folder), "a folder", "this is a file")
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder that `check_folder` let pass; raise `UsageError` unless files can be written to it."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UsageError.for_value("output_dir", str(folder), "a writable folder", error.strerror) from error
+    store.check_writable(folder / "record.json", "output_dir")
+
+
+def _comparable(record: Record, environment: Environment, path: Path, on_mismatch: OnMismatch) -> bool:
     """Return whether a record may stand beside new ones; raise or tell to rerun if not."""
     if record.environment is None:
         return False  # its worker died before it could say where it ran
-    then, now = record.environment.identity(), environment.identity()
+    return same_environment(record.environment, environment, path, on_mismatch)
+
+
+def same_environment(measured_in: Environment, environment: Environment, path: Path, on_mismatch: OnMismatch) -> bool:
+    """Return whether a file's environment is this one; if it is not, raise unless `on_mismatch` says to rerun."""
+    then, now = measured_in.identity(), environment.identity()
     changed = [name for name in now if then[name] != now[name]]
     if not changed:
         return True

@@ -1,4 +1,4 @@
-"""The process that measures one cell once: ``python -m memory_test.sweep.worker FOLDER``.
+"""The process that does one task on one cell: ``python -m memory_test.sweep.worker FOLDER``.
 
 Whatever is caught becomes an answer; what cannot be caught (a signal, a limit) is the runner's to tell.
 """
@@ -47,7 +47,7 @@ def _die_with_parent() -> None:
 
 
 def _serve(request: dict[str, Any], exchange: Exchange, line: PhaseLine, limit: int | None) -> dict[str, Any]:
-    """Describe the environment; then, unless only that was asked for, measure."""
+    """Describe the environment; then, unless only that was asked for, do the task."""
     from memory_test.core.config import ExperimentConfig
     from memory_test.core.environment import capture, default_device
 
@@ -57,21 +57,13 @@ def _serve(request: dict[str, Any], exchange: Exchange, line: PhaseLine, limit: 
         raise UsageError.for_value("device", "cuda", "cpu", "no CUDA device can be used here; drop --device or say cpu")
     resolved = config.resolve(device=device, num_threads=request["num_threads"])
     write_json(exchange.header, {"environment": vars(capture(device)), "resolved": resolved})
-    if request["probe"]:
+    if request["task"] == "probe":
         return {"status": "ok"}
     if limit is not None and device == "cpu":
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    from pydantic import TypeAdapter
+    from memory_test.sweep.tasks import TASKS
 
-    from memory_test.core.measure import measure
-    from memory_test.core.schema import Repeat
-
-    measured = measure(resolved, line.set)
-    return {
-        "status": "ok",
-        "repeat": TypeAdapter(Repeat).dump_python(measured.repeat, mode="json"),
-        "choices": measured.choices,
-    }
+    return {"status": "ok", **TASKS[request["task"]](resolved, line.set, **request["options"])}
 
 
 def _failure(error: BaseException, limit: int | None) -> dict[str, Any]:

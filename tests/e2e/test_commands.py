@@ -166,7 +166,7 @@ def _maps(pid: int) -> str:
         return ""
 
 
-@pytest.mark.parametrize("arguments", [(), ("run",), ("sweep",), ("report",), ("inspect",)])
+@pytest.mark.parametrize("arguments", [(), ("run",), ("sweep",), ("compare",), ("report",), ("inspect",)])
 def test_help_needs_no_torch(arguments: tuple[str, ...]) -> None:
     code = f"import sys; from memory_test.cli import main; main([*{arguments!r}, '--help'])"
     probe = f"import atexit, sys; atexit.register(lambda: sys.stderr.write(str('torch' in sys.modules))); {code}"
@@ -179,7 +179,7 @@ def test_help_needs_no_torch(arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("rnu",), "run, sweep, report, inspect"),
+        (("rnu",), "run, sweep, compare, report, inspect"),
         (("run", "--experiment", "vanila"), "experiment: got 'vanila'; accepted: vanilla, "),
         (("run", "--experiment", "ghost", "--in-channels", "5"), "in_channels: got 5; accepted: 3 (RGB pixels), 4"),
         (("run", "--experiment", "ghost", "--batch-size", "0"), "batch_size: got 0; accepted: an integer >= 1"),
@@ -197,6 +197,10 @@ def test_help_needs_no_torch(arguments: tuple[str, ...]) -> None:
         (("sweep", "key.yaml", "--output-dir", "d"), "batchsize"),
         (("sweep", "good.yaml", "--output-dir", "no/d"), "mkdir -p"),
         (("sweep", "good.yaml", "--output-dir", "good.yaml"), "this is a file"),
+        (("compare", "no.yaml", "--output-dir", "d"), "comparison: got 'no.yaml'; accepted: a readable YAML"),
+        (("compare", "good.yaml", "--output-dir", "d"), "key: got 'grid'; accepted: name, "),
+        (("compare", "good.yaml", "--output-dir", "d", "--on-mismatch", "mix"), "on_mismatch: got 'mix'"),
+        (("compare", "engine_cpu", "--output-dir", "no/d"), "mkdir -p"),
         (("report", "no"), "existing folder of records"),
         (("report", "half"), "complete JSON"),
         (("report", "newer"), "newer memory-test"),

@@ -1,5 +1,6 @@
 """Workers that end well, badly, or not by themselves: each leaves a record."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -29,9 +30,12 @@ def children() -> list[int]:
     """Return the worker processes below this one."""
     import psutil
 
-    return [
-        p.pid for p in psutil.Process().children(recursive=True) if "memory_test.sweep.worker" in " ".join(p.cmdline())
-    ]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may have ended meanwhile, as a worker's call to git does
+            if "memory_test.sweep.worker" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
 
 
 def kill_when_measuring(found: list[int]) -> None:

@@ -44,7 +44,7 @@ def test_the_baseline_has_no_noise() -> None:
 
 def test_defaults_become_explicit() -> None:
     resolved = resolve()
-    left = {"memory_limit_gib"}
+    left = {"memory_limit_gib", "memory_budget_gib"}
     assert [name for name, value in resolved.items() if value is None and name not in left] == []
     assert resolved["optimizer_impl"] == "for-loop"
     assert ExperimentConfig(experiment="ghost").resolve(device="cuda", num_threads=1)["optimizer_impl"] == "foreach"
@@ -55,6 +55,8 @@ def test_defaults_become_explicit() -> None:
     [
         ({"experiment": "vanila"}, ["experiment", "'vanila'", "vanilla, "]),
         ({"model": "DiT-M/2"}, ["model", "'DiT-M/2'", "DiT-XL/2"]),
+        ({"memory_budget_gib": 0.0}, ["memory_budget_gib", "0.0", "> 0"]),
+        ({"memory_budget_gib": 1.0}, ["memory_budget_gib", "1.0", "ghost takes no memory budget"]),
         ({"in_channels": 1}, ["in_channels", "3 (RGB pixels), 4 (VAE latents)"]),
         ({"image_size": 250}, ["image_size", "250", "multiple of 8"]),
         ({"image_size": 264, "patch_size": 2}, ["image_size", "multiple of 16"]),

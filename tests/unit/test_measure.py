@@ -1,5 +1,6 @@
 """The loop and the CPU meters on a real tiny model: every category is observed, and nothing is hidden."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -223,3 +224,35 @@ def test_clock_counts_each_phase_of_each_step() -> None:
     for step, seconds in times.steps.items():
         parts = sum(by_step.get(step, 0.0) for phase, by_step in times.phases.items() if phase != "model")
         assert abs(parts - seconds) < 1e-9
+
+
+def test_a_memory_budget_reaches_the_engine_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+
+    class Budgeted(GhostEngine):
+        def __init__(self, model: nn.Module, *, memory_budget: int, **options: Any) -> None:
+            given.append(memory_budget)
+            super().__init__(model, **options)
+
+    monkeypatch.setitem(METHODS, "ghost", dataclasses.replace(METHODS["ghost"], takes_memory_budget=True))
+    monkeypatch.setattr("dit_dp.clipping.registry.engine_class", lambda method: Budgeted)
+    measuring.measure_memory(tiny("ghost", memory_budget_gib=0.5), lambda phase: None)
+    assert given == [2**29]
+
+
+def test_the_gate_is_asked_before_every_step() -> None:
+    steps: list[int] = []
+    times, _ = measuring.time_steps(tiny("vanilla"), lambda phase: None, range(3, 4), steps.append)
+    assert steps == [1, 2, 3]
+    assert set(times.steps) == {1, 2, 3}
+
+
+def test_waiting_at_the_gate_is_not_timed() -> None:
+    clock = iter(range(1000))
+    watched = Clock("cpu", rss_step=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memory_test.core.meters.time.perf_counter", lambda: float(next(clock)))
+        measuring.run_loop(
+            tiny("vanilla"), watched, 2, lambda phase: None, lambda step: [next(clock) for _ in range(50)]
+        )
+    assert all(seconds < 10 for seconds in watched.read().steps.values())
