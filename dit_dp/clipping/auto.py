@@ -19,7 +19,6 @@ from dit_dp.clipping.contributions import Outer
 from dit_dp.clipping.costs import measured
 from dit_dp.clipping.lean import LeanEngine
 from dit_dp.clipping.planner import Plan, Step, make_plan
-from dit_dp.clipping.probe import Trial
 from dit_dp.clipping.units import Units
 from dit_dp.errors import EngineStateError, UsageError
 
@@ -37,6 +36,7 @@ class AutoEngine(LeanEngine):
         memory_budget: Bytes that a step may reach at its peak, parameters, gradients and optimizer state included;
             default: what is held now and 90 % of what is free.
         optimizer_bytes: Optimizer state, bytes per parameter; Adam has 8, plain SGD 0.
+        plan: Follow this one instead, whatever the budget.
 
     Units of later batches are taken in parts no larger than planned. The peak is predicted from storages: temporaries
     inside an operation are not seen (on CPU and CUDA below 1 % of a step for transformers).
@@ -54,11 +54,12 @@ class AutoEngine(LeanEngine):
         on_phase: Callable[[str], None] | None = None,
         memory_budget: int | None = None,
         optimizer_bytes: int = ADAM_BYTES,
+        plan: Plan | None = None,
     ) -> None:
         if memory_budget is not None:
             validate.integer("memory_budget", memory_budget, fix="give bytes")
         validate.integer("optimizer_bytes", optimizer_bytes, minimum=0)
-        self.memory_budget, self.optimizer_bytes = memory_budget, optimizer_bytes
+        self.memory_budget, self.optimizer_bytes, self.given_plan = memory_budget, optimizer_bytes, plan
         super().__init__(model, max_grad_norm=max_grad_norm, on_phase=on_phase)
 
     def _attach(self) -> None:
@@ -102,27 +103,36 @@ class AutoEngine(LeanEngine):
             return plan
         if plan is not None:
             self._try(loss_fn, batch, units)
-        self._plan = self._make_plan(batch, units, self._trials)
+        self._plan = self.given_plan or self._make_plan(batch, units)
         self._planned, self._split = rows, self._plan.physical_batch < units.num_units
         for index, block in enumerate(self.blocks):
             block.booked = index < self._plan.booked
             block.stored = index >= len(self.blocks) - self._plan.stored
         return self._plan
 
-    def _make_plan(self, batch: Batch, units: Units, trials: tuple[Trial, ...]) -> Plan:
-        first = next(iter(self.model_parameters.values()))
+    @property
+    def plan(self) -> Plan | None:
+        """What is followed; `None` before the first step."""
+        return self._plan
+
+    def known(self, batch: Batch, units: Units) -> Step:
+        """Return what plans for a batch are made from, after a step."""
         held = [*self.model.parameters(), *self.model.buffers(), *tensors_of(batch)]
         masters = [p for name, p in self.parameters.items() if p is not self.model_parameters[name]]
         static = sum(t.numel() * t.element_size() for t in (*held, *masters))
         static += sum(p.numel() for p in self.parameters.values()) * self.optimizer_bytes
-        self._budget = self.memory_budget or static + int(FREE_SHARE * _free_bytes(first.device))
-        step = Step(
-            trials=trials,
+        return Step(
+            trials=self._trials,
             blocks=tuple(block.name for block in self.blocks),
             parameter_bytes={name: p.numel() * p.element_size() for name, p in self.parameters.items()},
             static_bytes=static,
             num_units=units.num_units,
         )
+
+    def _make_plan(self, batch: Batch, units: Units) -> Plan:
+        step = self.known(batch, units)
+        first = next(iter(self.model_parameters.values()))
+        self._budget = self.memory_budget or step.static_bytes + int(FREE_SHARE * _free_bytes(first.device))
         plan = make_plan(step, self._budget, measured(first.device, first.dtype))
         if self.memory_budget is not None and plan.peak_bytes > self.memory_budget:
             raise UsageError.for_value(

@@ -68,12 +68,12 @@ def make_plan(step: Step, budget_bytes: int, cost: Cost) -> Plan:
         batch = -(-step.num_units // parts)
         if parts > 1 and -(-step.num_units // (parts - 1)) == batch:
             continue
-        plan = _fill(_Curve(step, batch), cost, blocks, blocks, budget_bytes)
+        plan = _fill(Curve(step, batch), cost, blocks, blocks, budget_bytes)
         if plan.peak_bytes <= budget_bytes:
             return plan
     if blocks == 0:
         return plan
-    curve = _Curve(step, 1)
+    curve = Curve(step, 1)
 
     def fits(booked: int, stored: int) -> bool:
         return _fill(curve, cost, booked, stored, budget_bytes).peak_bytes <= budget_bytes
@@ -91,7 +91,7 @@ def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _fill(curve: "_Curve", cost: Cost, booked: int, stored: int, budget: int) -> Plan:
+def _fill(curve: "Curve", cost: Cost, booked: int, stored: int, budget: int) -> Plan:
     """Choose rules: the fastest, then, while the peak is too high, what saves most bytes a second lost."""
     batch, weights = curve.batch, curve.weights
     norms: dict[str, NormRule] = {}
@@ -118,8 +118,12 @@ def _fill(curve: "_Curve", cost: Cost, booked: int, stored: int, budget: int) ->
 
 
 @dataclass
-class _Curve:
-    """Bytes over the instants of a step, for a physical batch."""
+class Curve:
+    """Bytes over the instants of a step, for a physical batch.
+
+    Attributes:
+        weights: A call of each weight that has more than one position, and so a choice of rules.
+    """
 
     step: Step
     batch: int

@@ -50,6 +50,7 @@ METHODS: dict[str, Method] = {
     "auto": Method(
         engine="dit_dp.clipping.auto:AutoEngine",
         summary="ours: exact, the fastest plan within a memory budget: rules, physical batch, recomputed blocks",
+        takes_memory_budget=True,
     ),
     "bookkeeping": Method(
         engine="dit_dp.clipping.bookkeeping:BookkeepingEngine",

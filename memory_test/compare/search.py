@@ -1,0 +1,153 @@
+"""How far from the best is what `auto` chooses: every plan for a small model, timed in turns in one process.
+
+A plan is a rule (``keep``, ``ghost``, ``direct``) for every shape of weight and a physical batch. Times are CPU times
+of the one thread, so that what else the machine does counts little; rounds are rotated and ratios paired.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dit_dp.clipping import attach
+from dit_dp.clipping.auto import AutoEngine
+from dit_dp.clipping.planner import Curve, Plan, Step
+from dit_dp.clipping.units import Units
+from memory_test.core.config import ExperimentConfig
+from memory_test.core.workload import build_data, build_model, loss_function
+
+ROUNDS = 9
+FINALISTS = 12
+"""Plans that are timed to the end; the others drop out after the first rounds."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One budget's result.
+
+    Attributes:
+        budget_ratio: Budget over the peak of the plan that is fastest without one.
+        num_plans: Plans within the budget, by predicted peak.
+        chosen_ms: Median CPU time of `auto`'s plan.
+        best_ms: That of the fastest.
+        ratio: Median of paired ratios, `auto`'s plan over the fastest.
+        chosen: `auto`'s plan, in words.
+        best: The fastest plan, in words.
+    """
+
+    budget_ratio: float | None
+    num_plans: int
+    chosen_ms: float
+    best_ms: float
+    ratio: float
+    chosen: str
+    best: str
+
+
+class _Subject:
+    """A model with its data, on which plans are timed."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.resolved = config.resolve(device="cpu", num_threads=1)
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        self.model = build_model(self.resolved)
+        data = build_data(self.resolved)
+        self.batch = data.batch(config.batch_size)
+        self.loss_fn = loss_function(data, "float32")
+        self.units = Units(config.batch_size, config.batch_size)
+
+    def attach(self, **settings: Any) -> AutoEngine:
+        """Return an engine that has taken a step."""
+        engine = attach(self.model, "auto", 1.0, **settings)
+        assert isinstance(engine, AutoEngine)
+        engine.accumulate(self.loss_fn, self.batch)
+        engine.zero_grad()
+        return engine
+
+    def chosen(self, budget: int | None) -> tuple[Plan, Step]:
+        """Return `auto`'s plan and what it was made from."""
+        engine = self.attach(memory_budget=budget)
+        plan, step = engine.plan, engine.known(self.batch, self.units)
+        engine.detach()
+        assert plan is not None
+        return plan, step
+
+    def seconds(self, plan: Plan) -> float:
+        """Return the CPU time of one clipped sum by a plan."""
+        engine = self.attach(plan=plan)
+        start = time.thread_time()
+        engine.accumulate(self.loss_fn, self.batch)
+        seconds = time.thread_time() - start
+        engine.detach()
+        return seconds
+
+
+def all_plans(step: Step) -> Iterator[Plan]:
+    """Yield every plan that stores and books all blocks: a rule for each shape, and every even physical batch."""
+    batches = sorted({-(-step.num_units // parts) for parts in range(1, step.num_units + 1)})
+    for batch in batches:
+        curve = Curve(step, batch)
+        shapes: dict[tuple[int, int, int], list[str]] = {}
+        for name, call in curve.weights.items():
+            shapes.setdefault((call.positions, call.width, call.out_width), []).append(name)
+        for rules in itertools.product(("keep", "ghost", "direct"), repeat=len(shapes)):
+            norms, keep = {}, []
+            for rule, names in zip(rules, shapes.values(), strict=True):
+                keep += names if rule == "keep" else []
+                norms.update(dict.fromkeys(names, "ghost" if rule == "ghost" else "direct"))
+            count = len(step.blocks)
+            peak = curve.peak(keep, count, count)
+            yield Plan(batch, frozenset(keep), norms, count, count, peak)  # type: ignore[arg-type]
+
+
+def search(config: ExperimentConfig, budget_ratios: tuple[float | None, ...]) -> list[Found]:
+    """Time every plan within each budget and `auto`'s, and compare.
+
+    Args:
+        config: A small model; its method is not used.
+        budget_ratios: Budgets over the peak of the plan that `auto` makes without one; `None`: no budget.
+    """
+    subject = _Subject(config)
+    free, step = subject.chosen(None)
+    plans = list(all_plans(step))
+    found = []
+    for ratio in budget_ratios:
+        budget = None if ratio is None else int(ratio * free.peak_bytes)
+        chosen, _ = subject.chosen(budget)
+        within = [plan for plan in plans if budget is None or plan.peak_bytes <= budget]
+        found.append(_compare(subject, chosen, within, ratio))
+    return found
+
+
+def _compare(subject: _Subject, chosen: Plan, plans: list[Plan], ratio: float | None) -> Found:
+    """Narrow the plans down to the fastest few, then time those and the chosen one in turns."""
+    first = {index: min(subject.seconds(plan) for _ in range(2)) for index, plan in enumerate(plans)}
+    finalists = [chosen, *(plans[index] for index in sorted(first, key=first.__getitem__)[:FINALISTS])]
+    times: list[list[float]] = [[] for _ in finalists]
+    for turn in range(ROUNDS):
+        for index in (*range(turn % len(finalists), len(finalists)), *range(turn % len(finalists))):
+            times[index].append(subject.seconds(finalists[index]))
+    best = min(range(len(finalists)), key=lambda index: statistics.median(times[index]))
+    return Found(
+        budget_ratio=ratio,
+        num_plans=len(plans),
+        chosen_ms=1e3 * statistics.median(times[0]),
+        best_ms=1e3 * statistics.median(times[best]),
+        ratio=statistics.median(a / b for a, b in zip(times[0], times[best], strict=True)),
+        chosen=_words(chosen),
+        best=_words(finalists[best]),
+    )
+
+
+def _words(plan: Plan) -> str:
+    counts = {"keep": len(plan.keep)}
+    for name, rule in plan.norms.items():
+        if name not in plan.keep:
+            counts[rule] = counts.get(rule, 0) + 1
+    rules = ", ".join(f"{count} {rule}" for rule, count in counts.items() if count)
+    return f"{plan.physical_batch} at a time; {rules}"
