@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dit_dp.clipping import METHODS, attach
 from dit_dp.clipping.batch import Batch
+from tests import raw_models
 
 DIFFUSERS: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -188,9 +189,18 @@ def make_case(kind: str, num_examples: int = 4, seed: int = 0) -> Case:
         "reused": lambda: (Reused(), (words, label, scale * normal(n, 7))),
         "blocks": lambda: (Blocks(), (normal(n, 9, 6), normal(n, 6), scale * normal(n, 3))),
         "frozen": lambda: (Frozen(), (normal(n, 3, 6), scale * normal(n, 12))),
+        "positions": lambda: (raw_models.Positions(), (normal(n, 6, 6), scale * normal(n, 3))),
+        "prefix": lambda: (raw_models.Prefix(), (normal(n, 5, 6), scale * normal(n, 3))),
+        "scales": lambda: (raw_models.Scales(), (normal(n, 5, 6), scale * normal(n, 3))),
+        "adapters": lambda: (raw_models.Adapters(), (normal(n, 5, 6), scale * normal(n, 3))),
+        "raw layers": lambda: (raw_models.RawLayers(), (words, label, scale * normal(n, 3))),
+        "keywords": lambda: (raw_models.Called(), (normal(n, 5, 6), normal(n, 6), scale * normal(n, 6))),
     }
     model, batch = cases[kind]()
     return Case(model, batch, _loss)
 
 
-KINDS = ("tokens", "vectors", "convs", "words", "padded", "reused", "blocks", "frozen")
+KINDS = (
+    *("tokens", "vectors", "convs", "words", "padded", "reused", "blocks", "frozen"),
+    *raw_models.KINDS,
+)

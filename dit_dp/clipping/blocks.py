@@ -46,9 +46,6 @@ class Owner(Protocol):
     def trial(self, block: Block, leaves: list[Any]) -> contextlib.AbstractContextManager[None] | None:
         """Return what watches a block's forward while a trial runs, in which blocks are not recomputed."""
 
-    def counting(self) -> contextlib.AbstractContextManager[None]:
-        """Count calls of layers even though no graph is built."""
-
     def revisit(self, call: "BlockCall") -> None:
         """Take note of a call that was differentiated for norms alone."""
 
@@ -141,8 +138,7 @@ class _Recomputed(torch.autograd.Function):
                 ctx.graph = call.run_with_graph(with_inputs=True)
             outputs = ctx.graph[1]
         else:
-            with call.owner.counting():
-                outputs = call.run(call.leaves)
+            outputs = call.run(call.leaves)
         detached = tuple(output.detach() if isinstance(output, Tensor) else output for output in outputs)
         ctx.mark_non_differentiable(
             *[o for o in detached if isinstance(o, Tensor) and not (o.is_floating_point() or o.is_complex())]

@@ -184,7 +184,7 @@ class Direct:
 
     def squared_norms(self) -> Tensor:
         """Return squared norms, (N,)."""
-        return float32(self.value).flatten(1).square().sum(1)
+        return float32(self.value).reshape(len(self.value), -1).square().sum(1)
 
     def rowwise_squared_norms(self) -> Tensor:
         """Return the same without a copy, one product an example: for values as large as a weight."""
@@ -192,7 +192,7 @@ class Direct:
 
     def add_clipped(self, grad: Tensor | None, factors: Tensor, shape: torch.Size, keep: Tensor | None) -> Tensor:
         """Return ``grad + sum_i c_i value_i``."""
-        value = float32(self.value).flatten(1)
+        value = float32(self.value).reshape(len(self.value), -1)
         if keep is not None:
             value = torch.where(keep[:, None], value, 0)
         return _added(grad, (factors.to(value.dtype) @ value).view(shape))

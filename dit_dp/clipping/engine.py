@@ -15,7 +15,9 @@ from dit_dp.clipping.contributions import HALF
 from dit_dp.clipping.units import Units
 from dit_dp.errors import EngineStateError, UsageError
 
-LayerRule = Literal["ghost", "direct", "outer product", "keep", "embedding", "functorch", "expanded weights", "none"]
+LayerRule = Literal[
+    "ghost", "direct", "outer product", "keep", "embedding", "broadcast", "functorch", "expanded weights", "none"
+]
 """How a layer's per-example norm is obtained; `none`: the method cannot run on it."""
 
 MEMORY_SCOPE = "dit_dp.clipping"

@@ -90,15 +90,6 @@ class LeanEngine(BookkeepingEngine):
         """Return what watches a block's forward while a trial runs, in which blocks are not recomputed."""
         return None if self._prober is None else self._prober.block(block.name, leaves)
 
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count calls of layers even though no graph is built."""
-        before, self.counts_without_graph = self.counts_without_graph, True
-        try:
-            yield
-        finally:
-            self.counts_without_graph = before
-
     def revisit(self, call: BlockCall) -> None:
         """Take note of a call that was differentiated for norms alone."""
         self._calls_to_revisit.append(call)

@@ -64,7 +64,7 @@ class MicrobatchEngine(Engine):
         flat = [g.reshape(-1) for g in found if g is not None]
         squares = [g.dot(g).reshape(1) for g in flat]
         norm = torch.cat(squares).sum(0, keepdim=True).sqrt() if squares else losses.new_zeros(1)
-        factor = clip_factors(norm, self.max_grad_norm)
+        factor = clip_factors(norm, self.max_grad_norm)[0]  # scalar parameters take no other
         if not bool(torch.isfinite(norm)):
             self.num_dropped += 1
         else:

@@ -251,7 +251,7 @@ class OpacusEngine(_OpacusBase):
 
 def _norms_of(per_example: Iterator[Tensor]) -> Tensor:
     """Return the norms over all parameters, (N,)."""
-    squares = [float32(g.detach()).flatten(1).square().sum(1) for g in per_example]
+    squares = [float32(g.detach()).reshape(len(g), -1).square().sum(1) for g in per_example]
     return torch.stack(squares).sum(0).sqrt()
 
 

@@ -1,7 +1,7 @@
 """What Opacus gets wrong or cannot run, found before it does: statically, and in the first forward pass."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +57,34 @@ def refuse_shared_modules(model: nn.Module, method: str) -> None:
             )
 
 
+def hooked(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what Opacus hooks: modules that train, without what is inside one that it takes as a whole by vmap."""
+    from opacus.grad_sample import GradSampleModule
+
+    whole: str | None = None
+    for name, module in model.named_modules():
+        inside = whole is not None and (not whole or name.startswith(f"{whole}."))
+        if inside or not any(p.requires_grad for p in module.parameters(recurse=False)):
+            continue
+        yield name, module
+        if type(module) not in GradSampleModule.GRAD_SAMPLERS:
+            whole = name
+
+
+def refuse_inputs_hooks_miss(name: str, method: str) -> Callable[..., None]:
+    """Return a hook that refuses calls by keyword or with several inputs, with which Opacus's own raise a TypeError."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() and (kwargs or len(args) != 1):
+            raise UnsupportedModelError(
+                f"model: {method} cannot run on layer {name or '(root)'}: it is called with "
+                f"{len(args) + len(kwargs)} inputs, {len(kwargs)} of them by keyword, and Opacus's hooks see one "
+                f"input by position; pass one so, or use ghost"
+            )
+
+    return hook
+
+
 class FirstForward:
     """Counts the calls of each layer until it is stopped, and compares them with the graph.
 
@@ -72,6 +100,11 @@ class FirstForward:
             for name, module in model.named_modules()
             if isinstance(module, _ONE_READ_A_CALL)
         ]
+        if method != "opacus-ew":
+            self._handles += [
+                module.register_forward_pre_hook(refuse_inputs_hooks_miss(name, method), with_kwargs=True)
+                for name, module in hooked(model)
+            ]
 
     def _count(self, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, args: Any) -> None:

@@ -20,7 +20,7 @@ from dit_dp.clipping.ghost import GhostEngine
 
 
 class PerLayerEngine(GhostEngine):
-    """Clipping by layer: weight and bias of a module are a group; modules that share a parameter are one.
+    """Clipping by layer: a module's own parameters are a group; modules that share a parameter are one.
 
     **Guarantees**: each group adds at most C / sqrt(groups) per unit, so all together at most C. **Edge cases**: a unit
     is dropped from a group if its norm there is not finite, and counted once however many groups that is.
@@ -33,12 +33,13 @@ class PerLayerEngine(GhostEngine):
         self._totals: dict[nn.Parameter, Tensor] = {}
         super()._attach()
         groups: list[set[nn.Parameter]] = []
-        for layer in self._layers:
-            group = set(layer.trainable())
+        for module in self.model.modules():
+            group = {parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad}
             for other in [other for other in groups if other & group]:
                 groups.remove(other)
                 group |= other
-            groups.append(group)
+            if group:
+                groups.append(group)
         self._groups = groups
         self._group_of = {parameter: index for index, group in enumerate(groups) for parameter in group}
 

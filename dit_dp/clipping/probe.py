@@ -5,6 +5,7 @@ mode that logs the birth and death of every storage. Trials of one unit and of t
 """
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -191,7 +192,9 @@ class Prober:
         twins = [map_tensors(lambda t: torch.cat([t, t]), each) for each in rows]
         if isinstance(pair, Mapping) and ROW_TO_UNIT in pair:
             twins = [{**twin, ROW_TO_UNIT: pair[ROW_TO_UNIT]} for twin in twins]  # type: ignore[dict-item]
-        with self._fork(model), torch.no_grad():
+        with self._fork(model), torch.no_grad(), warnings.catch_warnings():
+            # Reentrant checkpointing warns, wherever no gradient is wanted, that there will be none.
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
             both, *twice = [loss_fn(model, each).detach() for each in (pair, *twins)]
             for unit in range(2):
                 if not _same(both[unit], twice[unit][unit]) and _same(both, loss_fn(model, pair)):
@@ -227,7 +230,7 @@ class Prober:
     def saw(self, parameter: nn.Parameter, part: Contribution) -> None:
         """Take note of one call's contribution, (U, ...)."""
         name = self._names[parameter]
-        self._check_alone(f"parameter {name}", part.value if isinstance(part, Direct) else part.g)
+        self._check_alone(f"parameter {name}", _nonzero_rows(part))
         if isinstance(part, Outer):
             self._trial.weights.append(
                 WeightCall(
@@ -251,6 +254,13 @@ class Prober:
         begin = self._log.now
         yield
         self._trial.windows.append((name, begin, self._log.now))
+
+
+def _nonzero_rows(part: Contribution) -> Tensor:
+    """Return a tensor, (U, ...), whose rows are zero where a contribution's are; either operand may be the gradient."""
+    if isinstance(part, Outer):
+        return part.g * part.a.flatten(1).any(1)[:, None, None]
+    return part.value if isinstance(part, Direct) else part.g
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

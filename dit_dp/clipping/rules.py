@@ -65,6 +65,26 @@ class LinearRule(Rule):
         )
 
 
+class MatmulRule(LinearRule):
+    """``x @ W`` with a (d, p) matrix: a linear layer whose weight is stored transposed."""
+
+    name = "matmul"
+
+    def compute(self, module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return ``x W``."""
+        assert weight is not None
+        return x @ weight
+
+    def input_gradient(self, module: Any, x: Tensor, weight: Tensor | None, g: Tensor) -> Tensor:
+        """Return ``g W^T``."""
+        assert weight is not None
+        return g @ weight.T
+
+    def contributions(self, module: Any, x: Tensor, g: Tensor) -> tuple[Contribution | None, Contribution | None]:
+        """Swap the linear layer's operands: the gradient is ``x^T g``."""
+        return super().contributions(module, g, x)
+
+
 class Conv2dRule(Rule):
     """``nn.Conv2d`` with zero padding, groups included; patch embeddings are the case kernel = stride."""
 

@@ -8,7 +8,7 @@ and clipped sums from then on.
 
 import types
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -18,15 +18,19 @@ from dit_dp.clipping.batch import Batch, LossFn, clip_factors
 from dit_dp.clipping.contributions import Contribution
 from dit_dp.clipping.engine import Engine, LayerRule, memory_scope
 from dit_dp.clipping.probe import Prober, Trial
+from dit_dp.clipping.raw import RawParameters, raw_parameters
 from dit_dp.clipping.rules import COUPLED, Rule, rule_for
 from dit_dp.clipping.units import Units
 from dit_dp.errors import CoupledExamplesError, LossShapeError, UnsupportedModelError, UsageError
 
+HOLDERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Modules of torch's that use no parameter themselves: what they hold is raw."""
+
 
 class WatchedLayer:
-    """A covered module: its name, its rule and the engine that watches it."""
+    """A covered module, or what stands for one: its name, its rule and the engine that watches it."""
 
-    def __init__(self, name: str, module: nn.Module, rule: Rule, engine: "WatchedEngine") -> None:
+    def __init__(self, name: str, module: Any, rule: Rule, engine: "WatchedEngine") -> None:
         self.name, self.module, self.rule, self.engine = name, module, rule, engine
         self.weight: nn.Parameter | None = getattr(module, "weight", None)
         self.bias: nn.Parameter | None = getattr(module, "bias", None)
@@ -50,16 +54,18 @@ class _WatchedCall(torch.autograd.Function):
     ) -> Tensor:
         ctx.layer, ctx.lowered = layer, lowered
         ctx.save_for_backward(x, weight)
-        return layer.rule.compute(layer.module, x, weight, bias)
+        with torch._C.DisableTorchFunction():
+            return layer.rule.compute(layer.module, x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
         layer: WatchedLayer = ctx.layer
         x, weight = ctx.saved_tensors
-        lowered = weight if weight is None or ctx.lowered is None else weight.to(ctx.lowered)
-        grad_x = layer.rule.input_gradient(layer.module, x, lowered, g) if ctx.needs_input_grad[2] else None
-        layer.engine.observe(layer, x, g)
+        with torch._C.DisableTorchFunction():
+            lowered = weight if weight is None or ctx.lowered is None else weight.to(ctx.lowered)
+            grad_x = layer.rule.input_gradient(layer.module, x, lowered, g) if ctx.needs_input_grad[2] else None
+            layer.engine.observe(layer, x, g)
         return None, None, grad_x, None, None
 
 
@@ -78,8 +84,6 @@ class WatchedEngine(Engine):
     """
 
     method: ClassVar[str]
-    counts_without_graph = False
-    """Whether calls count although no graph is built: set while a block runs that will be recomputed."""
 
     def _attach(self) -> None:
         self._prober: Prober | None = None
@@ -88,15 +92,18 @@ class WatchedEngine(Engine):
         self._factors: Tensor | None = None
         self._keep: Tensor | None = None
         self._in_backward = False
-        self._calls: dict[nn.Parameter, int] = {}
+        self._calls: dict[nn.Parameter, float] = {}
         self._parts: dict[nn.Parameter, list[Contribution]] = {}
         self._rules_used: dict[str, str] = {}
         self._names = {parameter: name for name, parameter in self.model_parameters.items()}
         self._layers = cover(self.model, self)
         for layer in self._layers:
             layer.module.forward = types.MethodType(_watched_forward(layer), layer.module)
+        self.raw = RawParameters(self, raw_parameters(self.model, covered))
+        self.raw.attach(self.model, {layer.module for layer in self._layers})
 
     def _detach(self) -> None:
+        self.raw.detach()
         for layer in self._layers:
             del layer.module.forward
 
@@ -104,7 +111,8 @@ class WatchedEngine(Engine):
         self._announce("backward")
         self._in_backward = True
         try:
-            self._take_norms(losses)
+            with self.raw.checkpoints_explained():
+                self._take_norms(losses)
             self._announce("clip")
             norms = self._weigh()
             with torch.no_grad():
@@ -132,6 +140,7 @@ class WatchedEngine(Engine):
 
     def _take(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor | None:
         """Run forward and backward on the batch; a method may take it in parts."""
+        self._calls.clear()  # a forward without a graph, between steps, was counted
         return super()._accumulate(loss_fn, batch, units)
 
     def _try(self, loss_fn: LossFn, batch: Batch, units: Units) -> None:
@@ -212,11 +221,24 @@ class WatchedEngine(Engine):
 
     # --- called by layers -----------------------------------------------------------------------------------
 
-    def expect(self, layer: WatchedLayer) -> None:
-        """Count a call in the forward pass; recomputation under checkpointing does not count."""
+    def layer(self, name: str, module: Any, rule: Rule) -> WatchedLayer:
+        """Return what stands for a layer in operations on raw parameters."""
+        return WatchedLayer(name, module, rule, self)
+
+    def call(self, layer: WatchedLayer, x: Tensor) -> Tensor:
+        """Run one call of a layer under watch."""
+        self.expect(layer.trainable())
+        x = layer.rule.prepare(layer.module, x)
+        lowered = None if layer.rule.name == "norm" else _autocast_dtype(x)
+        x = x if lowered is None else x.to(lowered)
+        output: Tensor = _WatchedCall.apply(layer, lowered, x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+        return output
+
+    def expect(self, parameters: Iterable[nn.Parameter], reads: float = 1) -> None:
+        """Count calls in the forward pass, infinity if unknown; recomputation under checkpointing does not count."""
         if not self._in_backward:
-            for parameter in layer.trainable():
-                self._calls[parameter] = self._calls.get(parameter, 0) + 1
+            for parameter in parameters:
+                self._calls[parameter] = self._calls.get(parameter, 0) + reads
 
     def observe(self, layer: WatchedLayer, x: Tensor, g: Tensor) -> None:
         """Take what one call of a layer contributes."""
@@ -225,6 +247,10 @@ class WatchedEngine(Engine):
             for parameter, part in zip((layer.weight, layer.bias), parts, strict=True):
                 if parameter is not None and part is not None:
                     self.receive(parameter, self._by_unit(layer.name, part, x.shape[0]))
+
+    def receive_rows(self, parameter: nn.Parameter, part: Contribution, leading: int) -> None:
+        """Take what one read of a raw parameter contributes, with `leading` rows."""
+        self.receive(parameter, self._by_unit(self._names[parameter], part, leading))
 
     def receive(self, parameter: nn.Parameter, part: Contribution) -> None:
         """Take one contribution, (U, ...): for the norm, or for the sum once factors are known."""
@@ -270,7 +296,8 @@ class WatchedEngine(Engine):
         if reason is not None:
             return "none", reason
         rule = rule_for(module)
-        assert rule is not None
+        if rule is None:
+            return "broadcast", "one copy an example where it meets them, per-example gradients of its own size"
         if rule.name == "embedding":
             return "embedding", "rows only"
         if rule.name == "norm":
@@ -282,18 +309,13 @@ def _watched_forward(layer: WatchedLayer) -> Callable[..., Tensor]:
     """Return the forward that replaces a module's own while the engine is attached."""
     original = type(layer.module).forward
 
-    def forward(module: nn.Module, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            if layer.engine.counts_without_graph:
-                layer.engine.expect(layer)
-            result: Tensor = original(module, input)
-            return result
-        layer.engine.expect(layer)
-        x = layer.rule.prepare(module, input)
-        lowered = None if layer.rule.name == "norm" else _autocast_dtype(x)
-        x = x if lowered is None else x.to(lowered)
-        output: Tensor = _WatchedCall.apply(layer, lowered, x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
-        return output
+    def forward(module: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = (layer.engine.raw.entering(value) for value in (*args, *kwargs.values()))
+        if torch.is_grad_enabled():
+            return layer.engine.call(layer, x)
+        layer.engine.expect(layer.trainable())  # a block, for all we know, that will be recomputed
+        result: Tensor = original(module, x)
+        return result
 
     return forward
 
@@ -302,21 +324,26 @@ def refusal(module: nn.Module) -> str | None:
     """Return why a module with parameters of its own (or that couples examples) is not covered, or `None`."""
     if isinstance(module, COUPLED):
         return "it mixes the examples of a batch; use GroupNorm or LayerNorm"
-    raw = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
     rule = rule_for(module)
-    if rule is None:
-        names = ", ".join(raw)
+    if rule is not None:
+        made = [n for n in ("weight", "bias") if not isinstance(getattr(module, n, None), nn.Parameter | None)]
+        return f"its {made[0]} is computed, not a parameter; undo the reparametrisation" if made else rule.check(module)
+    if type(module).__module__.startswith("torch.nn.") and not isinstance(module, HOLDERS):
+        names = ", ".join(name for name, p in module.named_parameters(recurse=False) if p.requires_grad)
         return (
             f"no rule for {type(module).__name__} with parameters of its own ({names}); "
             f"build it of Linear, Conv2d, Embedding and norm layers, or freeze them"
         )
-    if set(raw) - {"weight", "bias"}:
-        return f"extra parameters {', '.join(sorted(set(raw) - {'weight', 'bias'}))}; move them to a layer of their own"
-    return rule.check(module)
+    return None
+
+
+def covered(module: nn.Module, name: str) -> bool:
+    """Return whether a module's rule covers its parameter of this name; others are raw."""
+    return name in ("weight", "bias") and rule_for(module) is not None
 
 
 def cover(model: nn.Module, engine: WatchedEngine) -> list[WatchedLayer]:
-    """Find a rule for every trainable parameter.
+    """Find the layers whose trainable parameters a rule covers; the model's own modules may hold raw ones.
 
     Raises:
         UnsupportedModelError: Some module has none; names it, the reason and the fix.
@@ -328,8 +355,7 @@ def cover(model: nn.Module, engine: WatchedEngine) -> list[WatchedLayer]:
             reason = refusal(module)
             if reason is not None:
                 raise UnsupportedModelError(f"model: {engine.method} cannot run on layer {name or '(root)'}: {reason}")
-        if trains:
-            rule = rule_for(module)
-            assert rule is not None
+        rule = rule_for(module)
+        if trains and rule is not None:
             layers.append(WatchedLayer(name, module, rule, engine))
     return layers

@@ -66,7 +66,7 @@ class RuleUse:
 
     Attributes:
         type: The layers' class.
-        rule: ghost, direct, outer product, embedding, functorch, expanded weights; ``by shape`` where the
+        rule: ghost, direct, outer product, embedding, broadcast, functorch, expanded weights; ``by shape`` where the
             shapes decide and are unknown; ``none`` where the method cannot run.
         reason: Why this rule, or what is wrong.
         fix: The nearest way out, for ``none``; else empty.

@@ -7,7 +7,7 @@ from torch import nn
 
 from dit_dp.clipping.engine import Engine
 from dit_dp.clipping.registry import METHODS, attach, engine_class
-from dit_dp.clipping.rules import COUPLED
+from dit_dp.clipping.rules import COUPLED, rule_for
 from dit_dp.clipping.watched import WatchedEngine
 from dit_dp.errors import UsageError
 from memory_test.inspection.facts import Call, MethodVerdict, RuleUse
@@ -95,6 +95,9 @@ def _treatment(method: str, engine: type[Engine], layer: _Layer, probe: Probe) -
     return rule, reason, ""
 
 
+Check = Callable[[_Layer], str | None]
+
+
 # --- what the probe decides ---------------------------------------------------------------------------------------
 
 
@@ -126,6 +129,15 @@ def _positions(module: nn.Module, call: Call) -> int:
     for size in between:
         positions *= size
     return positions
+
+
+def _layers_own(check: Check) -> Check:
+    """Return a check of layers' calls for engines that watch raw parameters where they are read, called or not."""
+
+    def checked(layer: _Layer) -> str | None:
+        return None if rule_for(layer.module) is None else check(layer)
+
+    return checked
 
 
 def _first_dimension(layer: _Layer) -> str | None:
@@ -194,10 +206,10 @@ def _flat_indices(layer: _Layer) -> str | None:
     return None
 
 
-Check = Callable[[_Layer], str | None]
 _HOOKED = ("opacus", "opacus-functorch", "opacus-ghost")
 _HOOKS: tuple[Check, ...] = (_by_keyword, _one_tensor, _first_dimension, _unused, _read_outside)
 _REUSE: tuple[Check, ...] = (_called_again, _tied)
+_WATCHED: tuple[Check, ...] = (_layers_own(_first_dimension), _layers_own(_read_outside))
 CHECKS: dict[str, tuple[Check, ...]] = {
     "vanilla": (_first_dimension,),
     "microbatch": (),
@@ -211,7 +223,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
 
 def _checks(method: str, layer: _Layer, probe: Probe) -> tuple[Check, ...]:
     """Return what can be checked: without a probe ties alone; reuse alone where Opacus's vmap takes an ancestor."""
-    checks = CHECKS.get(method, (_first_dimension, _read_outside))
+    checks = CHECKS.get(method, _WATCHED)
     if probe.failure is not None:
         return tuple(check for check in checks if check is _tied)
     hidden = layer.inside is not None and method in _HOOKED

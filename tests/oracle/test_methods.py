@@ -9,10 +9,13 @@ from dit_dp.clipping.opacus import OpacusEngine
 from dit_dp.clipping.reference import clipped_sum
 from dit_dp.clipping.registry import engine_class
 from dit_dp.errors import UnsupportedModelError
+from tests import raw_models
 from tests.models import KINDS, Case, groups_of, make_case
 
 PRIVATE = [name for name, method in METHODS.items() if method.private]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+HOOKED = ("opacus", "opacus-functorch", "opacus-ghost")
 
 REFUSED_BY_PEERS = {
     ("opacus", "padded"): "padding row",
@@ -25,6 +28,9 @@ REFUSED_BY_PEERS = {
     ("opacus-ghost", "blocks"): "once for each name",
     ("opacus-ew", "padded"): "padding row",
     ("opacus-ew", "words"): "no rule for RMSNorm",
+    **{("opacus-ew", kind): "ExpandedWeights has no rule for" for kind in raw_models.KINDS},
+    **{(peer, "adapters"): "buffers" for peer in HOOKED},
+    **{(peer, kind): "inputs" for peer in HOOKED for kind in ("raw layers", "keywords")},
 }
 """What a peer cannot run on, and a word of the reason it must give; everything else has to be exact."""
 

@@ -20,17 +20,18 @@ MAPS = {
 
 
 class Sets(nn.Module):
-    """Layers over rows, then layers over units: an embedding and convolutions a row, a head on each set's mean."""
+    """Layers and a raw scale over rows, then over units: an embedding and convolutions a row, a head on sets' means."""
 
     def __init__(self) -> None:
         super().__init__()
         self.images, self.words = Convs(), Words()
         self.norm, self.head = nn.LayerNorm(19), nn.Linear(19, 3)
+        self.scale = nn.Parameter(torch.rand(19))
 
     def forward(self, image: Tensor, words: Tensor, label: Tensor, row_to_unit: Tensor) -> Tensor:
-        rows = torch.cat([self.images(image), self.words(words, label)], 1)
+        rows = torch.cat([self.images(image), self.words(words, label)], 1) * self.scale
         member = F.one_hot(row_to_unit).T.to(rows.dtype)
-        return self.head(self.norm(member @ rows / member.sum(1, keepdim=True)))
+        return self.head(self.norm(member @ rows / member.sum(1, keepdim=True)) + self.scale)
 
 
 def sets_loss(model: nn.Module, batch: Batch) -> Tensor:

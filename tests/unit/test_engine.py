@@ -264,18 +264,6 @@ def test_ours_drop_a_non_finite_example_and_keep_weights_finite(method: str, val
         torch.testing.assert_close(parameter.grad.double(), wanted[name], rtol=1e-5, atol=1e-6)
 
 
-class Raw(nn.Module):
-    """A layer and a parameter of the root's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 3)
-        self.scale = nn.Parameter(torch.ones(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) * self.scale
-
-
 class Reader(nn.Module):
     """A layer whose weight is read past its forward."""
 
@@ -294,14 +282,13 @@ WATCHED = ["ghost", "bookkeeping", "flash_clip", "flash_clip_bk"]
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (Raw(), "scale"),
         (nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)), "layer 1: it mixes the examples"),
         (nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3, affine=False)), "GroupNorm"),
         (nn.Sequential(nn.Bilinear(6, 6, 3)), "no rule for Bilinear"),
         (nn.Sequential(nn.Conv2d(3, 3, 2, padding_mode="circular")), "padding_mode"),
         (nn.Sequential(nn.Embedding(3, 3, max_norm=1.0)), "max_norm"),
     ],
-    ids=["raw", "batchnorm", "batchnorm-plain", "bilinear", "padding", "max-norm"],
+    ids=["batchnorm", "batchnorm-plain", "bilinear", "padding", "max-norm"],
 )
 def test_ours_name_the_layer_they_cannot_run_on(method: str, model: nn.Module, words: str) -> None:
     with pytest.raises(UnsupportedModelError, match=words):
