@@ -1,0 +1,126 @@
+"""What a private method promises about its clipped sum, as checks; each takes a `Trial` and returns a `Check`.
+
+Neighbouring batches differ by one example, added or removed. Lengths are in units of C.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dit_dp.clipping.batch import trainable_parameters
+from memory_test.doctor.case import Trial, flatten, gradients_of, replace_rows, rows
+from memory_test.doctor.facts import Check
+
+EXACT = 1e-5
+"""Relative error of the clipped sum in float32: some hundred roundings of 2^-24 in a row."""
+
+SLACK = 1e-4
+"""Rounding allowed in units of C, in float32: ten times `EXACT`, for differences of sums over several examples."""
+
+SCALES = (1.0, 1e3)
+"""A changed example is another example's inputs times this."""
+
+
+def coverage(trial: Trial) -> Check:
+    """Every trainable parameter belongs to the engine, and has a gradient where the oracle's is not zero."""
+    wanted = trainable_parameters(trial.case.model)
+    engine = trial.attach()
+    engine.accumulate(trial.case.loss_fn, trial.case.batch)
+    engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
+    exact = trial.reference.total.split([parameter.numel() for parameter in wanted.values()])
+    missing = [
+        name
+        for name, value in zip(wanted, exact, strict=True)
+        if name not in engine.parameters or (bool(value.any()) and not _has_gradient(engine.parameters[name]))
+    ]
+    text = f"trainable parameters without a gradient, of {len(wanted)}"
+    return Check.of("coverage", len(missing), 0, f"{text}: {missing[0]}" if missing else text)
+
+
+def _has_gradient(parameter: torch.nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def exactness(trial: Trial) -> Check:
+    """The clipped sum is that of the float64 loop over examples."""
+    exact = trial.reference.total
+    error = trial.relative(trial.everyone().total - exact) * trial.max_grad_norm
+    length = float(exact.norm())
+    measured = error / length if length > 0 else error
+    return Check.of("exactness", measured, EXACT, "relative error of the clipped sum against a float64 loop")
+
+
+def removal(trial: Trial) -> Check:
+    """Removing an example moves the sum by at most C."""
+    everyone = trial.everyone().total
+    moves = [trial.relative(everyone - trial.without(row).total) for row in trial.some_rows()]
+    return Check.of("removal", max(moves), 1 + SLACK, "largest move of the sum when one example is removed, over C")
+
+
+def independence(trial: Trial) -> Check:
+    """Changing an example, whatever it becomes, leaves what the others contribute as it was.
+
+    The sum over the changed batch, less the sum over the changed example alone, is the sum over the others.
+    """
+    worst = 0.0
+    for row in trial.some_rows(2):
+        for scale in SCALES:
+            batch = replace_rows(trial.case.batch, row, _another_rows_values(row, scale))
+            own = trial.run(rows(batch, [row])).total
+            others = trial.run(batch).total - own
+            worst = max(worst, trial.relative(others - trial.without(row).total), trial.relative(own) - 1)
+    return Check.of("independence", worst, SLACK, "move of the others' sum when one example changes, over C")
+
+
+def _another_rows_values(row: int, scale: float) -> Callable[[Tensor], Tensor]:
+    """Return what puts the next row's values in a row, scaled where they float."""
+
+    def change(tensor: Tensor) -> Tensor:
+        value = tensor[(row + 1) % tensor.shape[0]]
+        return value * scale if value.is_floating_point() else value
+
+    return change
+
+
+def order(trial: Trial) -> Check:
+    """The order of the batch does not matter."""
+    index = list(range(trial.num_examples))[::-1]
+    measured = trial.relative(trial.subset(index).total - trial.everyone().total)
+    return Check.of("order", measured, SLACK, "move of the sum when the batch is reversed, over C")
+
+
+def accumulation(trial: Trial) -> Check:
+    """A batch taken in two parts, an empty one between them, gives the same sum."""
+    half = trial.num_examples // 2
+    everyone = list(range(trial.num_examples))
+    parts = (rows(trial.case.batch, part) for part in (everyone[:half], [], everyone[half:]))
+    measured = trial.relative(trial.run(*parts).total - trial.everyone().total)
+    return Check.of("accumulation", measured, SLACK, "move of the sum when the batch comes in parts, over C")
+
+
+def emptiness(trial: Trial) -> Check:
+    """An empty batch gives zeros, and noise can be added to them."""
+    engine = trial.attach()
+    engine.accumulate(trial.case.loss_fn, rows(trial.case.batch, []))
+    engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
+    measured = float(gradients_of(engine).abs().max())
+    return Check.of("empty batch", measured, 0, "largest entry of the sum over no example")
+
+
+def restoration(trial: Trial) -> Check:
+    """Detaching leaves the model as it was: same parameters, same function, no gradient."""
+    engine = trial.attach()
+    engine.accumulate(trial.case.loss_fn, trial.case.batch)
+    model = engine.model
+    engine.detach()
+    plain = copy.deepcopy(trial.case.model)
+    with torch.no_grad():
+        left, right = (trial.case.loss_fn(m, trial.case.batch) for m in (model, plain))
+    moved = float((left - right).abs().max())
+    kept = flatten(p.detach() for p in model.parameters())
+    moved = max(moved, float((kept - flatten(p.detach() for p in plain.parameters())).abs().max()))
+    left_over = any(p.grad is not None for p in model.parameters())
+    text = "change of losses and parameters by attach and detach"
+    return Check.of("restoration", float("inf") if left_over else moved, 0, text)

@@ -1,0 +1,101 @@
+"""Whether the examples of a batch depend on each other, in which case no per-example gradient exists.
+
+Found on the plain model, so that the finding is the model's and no method's.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_dp.clipping.batch import map_tensors, num_rows
+from memory_test.doctor.case import Case, floating, replace_rows
+from memory_test.doctor.facts import Check
+
+FORWARD_SLACK = 1e-4
+"""Relative change of another example's loss that rounding explains: kernels may sum in another order."""
+
+
+@dataclass(frozen=True)
+class Leak:
+    """How far one example reaches into the rows of another.
+
+    Attributes:
+        size: Largest absolute gradient found where it must be exactly zero.
+        where: The layer or input, and the rows; empty if there is none.
+    """
+
+    size: float = 0.0
+    where: str = ""
+
+
+def gradient_coupling(case: Case, row: int) -> Leak:
+    """Back-propagate one example's loss; look at the other examples' rows everywhere.
+
+    Args:
+        case: Left untouched.
+        row: The example whose loss is differentiated.
+
+    Returns:
+        The largest gradient that reaches another row of a layer's output or of a floating-point input.
+    """
+    count, leaks = num_rows(case.batch), [Leak()]
+    model = copy.deepcopy(case.model)
+    for name, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            module.register_forward_hook(_watch(name or "(root)", count, row, leaks))
+    batch = map_tensors(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), case.batch)
+    losses = case.loss_fn(model, batch)
+    losses[row].backward()  # type: ignore[no-untyped-call]
+    for key, tensor in floating(batch).items():
+        if tensor.grad is not None:
+            leaks.append(_leak_of(f"batch[{key!r}]", tensor.grad, row))
+    return max(leaks, key=lambda leak: leak.size)
+
+
+def _watch(name: str, count: int, row: int, leaks: list[Leak]) -> Callable[..., None]:
+    """Return a forward hook that looks at the gradient of a layer's output, also when it is recomputed."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(output, Tensor) or not output.requires_grad or output.shape[:1] != (count,):
+            return  # rows of other things than examples: inputs and losses have to tell
+        output.register_hook(lambda g: leaks.append(_leak_of(f"layer {name}", g, row)))  # type: ignore[no-untyped-call]
+
+    return hook
+
+
+def _leak_of(where: str, gradient: Tensor, row: int) -> Leak:
+    """Return the largest entry of the other examples' rows."""
+    others = [other for other in range(gradient.shape[0]) if other != row]
+    sizes = gradient[others].detach().abs().flatten(1).amax(1) if gradient.numel() and others else gradient.new_zeros(1)
+    size = float(sizes.nan_to_num(nan=float("inf")).max())
+    return Leak(size, f"{where}, example {others[int(sizes.argmax())]} by the loss of {row}") if size > 0 else Leak()
+
+
+def forward_coupling(case: Case, row: int, change: Callable[[Tensor], Tensor]) -> Leak:
+    """Change one example; return by how much another one's loss moves, relative to it."""
+    with torch.no_grad():
+        before = case.loss_fn(case.model, case.batch)
+        after = case.loss_fn(case.model, replace_rows(case.batch, row, change))
+    moved = ((after - before).abs() / before.abs().clamp(min=1e-30)).nan_to_num(nan=float("inf"))
+    moved[row] = 0
+    other = int(moved.argmax())
+    size = float(moved[other])
+    return Leak(size, f"the loss of example {other}, when {row} changes") if size > FORWARD_SLACK else Leak()
+
+
+def coupling(case: Case) -> Check:
+    """No example's loss depends on another example: not through any layer, input, statistic or constant."""
+    text = "gradient of an example's loss at another's rows"
+    if num_rows(case.batch) < 2:
+        return Check(name="coupling", status="refused", explanation="needs a batch of at least two examples")
+    leaks = []
+    for row in range(min(num_rows(case.batch), 3)):
+        leaks.append(gradient_coupling(case, row))
+        leaks.append(forward_coupling(case, row, lambda t, row=row: t[row - 1] * (3 if t.is_floating_point() else 1)))  # type: ignore[misc]
+    worst = max(leaks, key=lambda leak: leak.size)
+    return Check.of("coupling", worst.size, 0, f"{text}; {worst.where}" if worst.size > 0 else text)
+
