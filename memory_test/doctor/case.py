@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from dit_dp.clipping import attach
-from dit_dp.clipping.batch import Batch, LossFn, map_tensors, num_rows, tensors_of
+from dit_dp.clipping.batch import (
+    Batch,
+    LossFn,
+    clip_factors,
+    gradients_of,
+    map_tensors,
+    num_rows,
+    tensors_of,
+    trainable_parameters,
+)
 from dit_dp.clipping.engine import Engine
 from dit_dp.clipping.reference import clipped_sum
 
@@ -30,11 +39,14 @@ class Reference:
         total: Clipped sum, all trainable parameters in one vector, float64.
         norms: (N,) norms before clipping, float64.
         max_grad_norm: C.
+        rounding: Relative error of a plain loop over examples in the model's own precision: what no method in
+            that precision can be blamed for. A norm over features that nearly cancel amplifies it.
     """
 
     total: Tensor
     norms: Tensor
     max_grad_norm: float
+    rounding: float
 
     @property
     def num_clipped(self) -> int:
@@ -52,8 +64,29 @@ def refer(case: Case, max_grad_norm: float | None = None) -> Reference:
     _, norms = clipped_sum(case.model, case.loss_fn, case.batch, 1.0)
     known = norms[torch.isfinite(norms) & (norms > 0)]
     threshold = max_grad_norm or (float(known.median()) if len(known) else 1.0)
-    total, norms = clipped_sum(case.model, case.loss_fn, case.batch, threshold)
-    return Reference(flatten(total.values()), norms, threshold)
+    exact, norms = clipped_sum(case.model, case.loss_fn, case.batch, threshold)
+    total = flatten(exact.values())
+    return Reference(total, norms, threshold, relative_error(_plain_loop(case, threshold), total))
+
+
+def _plain_loop(case: Case, max_grad_norm: float) -> Tensor:
+    """Return the clipped sum by autograd, one example at a time, in the model's own precision."""
+    model = copy.deepcopy(case.model)
+    parameters = list(trainable_parameters(model).values())
+    total = torch.zeros_like(flatten(parameters)).detach()
+    for row in range(num_rows(case.batch)):
+        (loss,) = case.loss_fn(model, rows(case.batch, [row]))
+        found = zip(parameters, gradients_of(loss, parameters), strict=True)
+        gradient = flatten(torch.zeros_like(p) if g is None else g for p, g in found)
+        factor = clip_factors(gradient.norm(), max_grad_norm)
+        total += torch.where(factor > 0, gradient, 0) * factor
+    return total
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """Return |got - exact| / |exact|; the error itself where the exact value is zero."""
+    length = float(exact.norm())
+    return float((got.double() - exact).norm()) / (length or 1.0)
 
 
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
@@ -64,6 +97,11 @@ def flatten(tensors: Iterable[Tensor]) -> Tensor:
 def rows(batch: Batch, index: Sequence[int]) -> Batch:
     """Return these rows of a batch, in this order."""
     return map_tensors(lambda tensor: tensor[list(index)], batch)
+
+
+def to_float64(batch: Batch) -> Batch:
+    """Return a batch whose floating-point tensors are float64."""
+    return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, batch)
 
 
 def replace_rows(batch: Batch, row: int, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -103,11 +141,12 @@ class Trial:
         case: What is examined.
         method: A key of `METHODS`.
         reference: The oracle's answer for `case`; gives the threshold.
+        seed: Of `generator`.
         generator: Source of whatever a check draws.
     """
 
     def __init__(self, case: Case, method: str, reference: Reference, seed: int = 0) -> None:
-        self.case, self.method, self.reference = case, method, reference
+        self.case, self.method, self.reference, self.seed = case, method, reference, seed
         self.generator = torch.Generator().manual_seed(seed)
         self.num_examples = num_rows(case.batch)
         self.max_grad_norm = reference.max_grad_norm
@@ -117,13 +156,18 @@ class Trial:
         """Attach the method to a copy of the model."""
         return attach(copy.deepcopy(self.case.model), self.method, max_grad_norm=self.max_grad_norm)
 
+    def in_float64(self) -> "Trial":
+        """Return the same trial on a float64 copy of the model and the batch."""
+        exact = Case(copy.deepcopy(self.case.model).double(), to_float64(self.case.batch), self.case.loss_fn)
+        return Trial(exact, self.method, self.reference, self.seed)
+
     def run(self, *batches: Batch, loss_fn: LossFn | None = None) -> Clipped:
         """Return the clipped sum over one batch, or over several that one release is made of."""
         engine = self.attach()
         norms = [engine.accumulate(loss_fn or self.case.loss_fn, batch) for batch in batches]
         engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
         known = [norm.detach() for norm in norms if norm is not None]
-        return Clipped(gradients_of(engine), torch.cat(known) if len(known) == len(norms) else None)
+        return Clipped(released(engine), torch.cat(known) if len(known) == len(norms) else None)
 
     def subset(self, index: Sequence[int]) -> Clipped:
         """Return the clipped sum over these rows of the case's batch; remembered."""
@@ -151,7 +195,7 @@ class Trial:
         return length if length == length else float("inf")
 
 
-def gradients_of(engine: Engine) -> Tensor:
+def released(engine: Engine) -> Tensor:
     """Return `.grad` of an engine's parameters as one vector, zeros where there is none."""
     parameters = engine.parameters.values()
     return flatten(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters).detach()

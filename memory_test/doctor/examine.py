@@ -1,13 +1,14 @@
 """All checks, on a model and on methods."""
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator
 
-from dit_dp.clipping.registry import METHODS
+from dit_dp.clipping import attach
 from dit_dp.errors import UnsupportedModelError, UsageError
 from memory_test.doctor import checks
-from memory_test.doctor.case import Case, Reference, Trial
-from memory_test.doctor.coupling import coupling
+from memory_test.doctor.case import Case, Reference, Trial, refer
 from memory_test.doctor.facts import Check, Diagnosis
+from memory_test.doctor.model_checks import coupling, determinism
 from memory_test.doctor.noise import noise
 from memory_test.doctor.nonfinite import nonfinite
 from memory_test.inspection.subject import users_code
@@ -15,6 +16,7 @@ from memory_test.inspection.subject import users_code
 CHECKS: dict[str, Callable[[Trial], Check]] = {
     "coverage": checks.coverage,
     "exactness": checks.exactness,
+    "float64": checks.exactness_in_float64,
     "removal": checks.removal,
     "independence": checks.independence,
     "order": checks.order,
@@ -24,15 +26,30 @@ CHECKS: dict[str, Callable[[Trial], Check]] = {
     "noise": noise,
     "restoration": checks.restoration,
 }
-"""By the name that each puts into its result."""
+"""Of a method, by the name that each puts into its result."""
 
-OURS = tuple(name for name, method in METHODS.items() if method.private and not method.peer)
-"""Private methods of this project."""
+MODEL_CHECKS: dict[str, Callable[[Case], Check]] = {"determinism": determinism, "coupling": coupling}
+"""Of a model and its loss: what no method can mend."""
 
 
-def examine_model(case: Case) -> Diagnosis:
-    """Check what no method can mend: that examples do not depend on each other."""
-    return Diagnosis(subject="model", checks=(_guarded("coupling", lambda: coupling(case)),))
+def examine_model(case: Case, max_grad_norm: float | None = None) -> tuple[Diagnosis, Reference | None]:
+    """Check the model and ask the oracle.
+
+    Args:
+        case: At least two examples; left untouched.
+        max_grad_norm: C; default: what `refer` chooses.
+
+    Returns:
+        The findings, and the oracle's answer, or `None` where it has none, which is one of the findings.
+    """
+    found = [_guarded(name, lambda check=check: check(case)) for name, check in MODEL_CHECKS.items()]  # type: ignore[misc]
+    reference = None
+    try:
+        with users_code("the float64 loop over examples"):
+            reference = refer(case, max_grad_norm)
+    except UsageError as error:
+        found.append(Check(name="reference", status="failed", explanation=str(error)))
+    return Diagnosis(subject="model", checks=tuple(found)), reference
 
 
 def examine_method(case: Case, method: str, reference: Reference, seed: int = 0) -> Diagnosis:
@@ -71,10 +88,11 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
         return Check(name=name, status="failed", explanation=str(error))
 
 
-def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
-    """Return the methods asked for, all of ours if none; refuse unknown ones and those that are not private."""
-    private = [name for name, method in METHODS.items() if method.private]
-    for name in methods:
-        if name not in private:
-            raise UsageError.for_value("methods", name, private)
-    return tuple(dict.fromkeys(methods)) or OURS
+def examine_attachment(case: Case, method: str) -> Diagnosis:
+    """Ask a method whether it takes a model, all that can be asked where the oracle has no answer."""
+
+    def attached() -> Check:
+        attach(copy.deepcopy(case.model), method).detach()
+        return Check(name="exactness", status="failed", explanation="nothing to compare with: see model, reference")
+
+    return Diagnosis(subject=method, checks=(_guarded("coverage", attached),))

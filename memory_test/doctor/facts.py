@@ -73,8 +73,8 @@ class Examination:
         model: As asked for.
         num_parameters: Trainable parameters.
         num_examples: N.
-        max_grad_norm: C.
-        num_clipped: How many of the N examples have a gradient longer than C.
+        max_grad_norm: C; `None` where the oracle failed.
+        num_clipped: How many of the N examples have a gradient longer than C, if that is known.
         seed: Of everything drawn.
         diagnoses: Of the model, then of each method.
     """
@@ -82,8 +82,8 @@ class Examination:
     model: str
     num_parameters: int
     num_examples: int
-    max_grad_norm: float
-    num_clipped: int
+    max_grad_norm: float | None
+    num_clipped: int | None
     seed: int
     diagnoses: tuple[Diagnosis, ...]
 

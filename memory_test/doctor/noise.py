@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from memory_test.doctor.case import Trial, gradients_of
+from memory_test.doctor.case import Trial, released
 from memory_test.doctor.facts import Check
 
 NOISE_MULTIPLIER = 2.0
@@ -28,8 +28,9 @@ def noise(trial: Trial) -> Check:
     generator.manual_seed(int(torch.randint(2**31, (1,), generator=trial.generator)))
     engine.privatize(noise_multiplier=NOISE_MULTIPLIER, expected_batch_size=1, generator=generator)
     std = NOISE_MULTIPLIER * trial.max_grad_norm
-    z = (gradients_of(engine) - trial.everyone().total).double() / std
-    parts = dict(zip(engine.parameters, z.split([p.numel() for p in engine.parameters.values()]), strict=True))
+    z = (released(engine) - trial.everyone().total).double() / std
+    sizes = [parameter.numel() for parameter in engine.parameters.values()]
+    parts = dict(zip(engine.parameters, torch.split(z, sizes), strict=True))
     tests = {"all entries": z, **parts}
     surprises = {name: surprise(part, len(tests)) for name, part in tests.items()}
     worst = max(surprises, key=lambda name: surprises[name])
@@ -56,4 +57,4 @@ def surprise(z: Tensor, num_tests: int = 1) -> float:
     half_sum = z.square().sum().cpu() / 2
     below, above = torch.special.gammainc(half_dof, half_sum), torch.special.gammaincc(half_dof, half_sum)
     p_value = min(1.0, 2 * num_tests * float(torch.minimum(below, above)))
-    return -math.log10(p_value) if p_value > 0 else math.inf
+    return abs(math.log10(p_value)) if p_value > 0 else math.inf

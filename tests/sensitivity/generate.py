@@ -82,7 +82,7 @@ class _Builder:
         return nn.Sequential(layer, self.rng.choice([nn.GELU(), nn.Tanh(), nn.SiLU()]))
 
     def conv(self) -> nn.Module:
-        channels, height, width = self.shape
+        channels = self.shape[0]
         groups = self.rng.choice([g for g in (1, 1, 2, 4) if channels % g == 0])
         kernel = (self.rng.choice([1, 2, 3]), self.rng.choice([1, 2, 3]))
         stride, dilation = (self.rng.choice([1, 2]), self.rng.choice([1, 2])), self.rng.choice([1, 2])
@@ -106,7 +106,9 @@ class _Builder:
     def group_norm(self) -> nn.Module:
         affine = self.rng.random() < 0.7
         self.kinds[f"GroupNorm{'' if affine else ' without affine'}"] += 1
-        return nn.GroupNorm(self.rng.choice([1, 2]), self.shape[0], affine=affine)
+        return nn.GroupNorm(
+            self.rng.choice([g for g in (1, 2) if self.shape[0] % g == 0]), self.shape[0], affine=affine
+        )
 
     def layer_norm(self) -> nn.Module:
         affine, bias = self.rng.random() < 0.7, self.rng.random() < 0.7

@@ -1,6 +1,6 @@
-"""Whether the examples of a batch depend on each other, in which case no per-example gradient exists.
+"""What a model and a loss must be before any method can be right; found on the plain model, without a method.
 
-Found on the plain model, so that the finding is the model's and no method's.
+The loss draws nothing at random, and no example depends on another: else there is no per-example gradient.
 """
 
 import copy
@@ -13,10 +13,20 @@ from torch import Tensor, nn
 
 from dit_dp.clipping.batch import map_tensors, num_rows
 from memory_test.doctor.case import Case, floating, replace_rows
+from memory_test.doctor.checks import another_rows_values
 from memory_test.doctor.facts import Check
 
 FORWARD_SLACK = 1e-4
 """Relative change of another example's loss that rounding explains: kernels may sum in another order."""
+
+
+def determinism(case: Case) -> Check:
+    """Two forward passes give the same losses: second passes, recomputation and the oracle see one function."""
+    with torch.no_grad():
+        first, second = (case.loss_fn(case.model, case.batch) for _ in range(2))
+    moved = float((first - second).abs().nan_to_num(nan=float("inf")).max())
+    fix = "; draw randomness (dropout, times, noise) beforehand and make it part of the batch"
+    return Check.of("determinism", moved, 0, f"change of a loss when run twice{fix * (moved > 0)}")
 
 
 @dataclass(frozen=True)
@@ -90,12 +100,9 @@ def forward_coupling(case: Case, row: int, change: Callable[[Tensor], Tensor]) -
 def coupling(case: Case) -> Check:
     """No example's loss depends on another example: not through any layer, input, statistic or constant."""
     text = "gradient of an example's loss at another's rows"
-    if num_rows(case.batch) < 2:
-        return Check(name="coupling", status="refused", explanation="needs a batch of at least two examples")
     leaks = []
     for row in range(min(num_rows(case.batch), 3)):
         leaks.append(gradient_coupling(case, row))
-        leaks.append(forward_coupling(case, row, lambda t, row=row: t[row - 1] * (3 if t.is_floating_point() else 1)))  # type: ignore[misc]
+        leaks.append(forward_coupling(case, row, another_rows_values(row, 3.0)))
     worst = max(leaks, key=lambda leak: leak.size)
     return Check.of("coupling", worst.size, 0, f"{text}; {worst.where}" if worst.size > 0 else text)
-
