@@ -1,13 +1,15 @@
-"""A model with a batch and a loss, and one private method run on it."""
+"""A model with a batch and a loss: what is examined, and how parts and changed versions of it are made.
+
+Shapes: R rows, U units (the examples, unless a map says which rows belong together).
+"""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from dit_dp.clipping import attach
 from dit_dp.clipping.batch import (
     Batch,
     LossFn,
@@ -18,29 +20,76 @@ from dit_dp.clipping.batch import (
     tensors_of,
     trainable_parameters,
 )
-from dit_dp.clipping.engine import Engine
 from dit_dp.clipping.reference import clipped_sum
+from dit_dp.clipping.units import ROW_TO_UNIT, Units
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, N examples for it, and their loss."""
+    """A model, R rows for it, and the loss of each of their U units.
+
+    Attributes:
+        model: Never changed by what examines it.
+        batch: Tensors (R, ...).
+        loss_fn: ``loss_fn(model, batch)`` returns (U,) losses; draws nothing at random.
+        row_to_unit: (R,) the unit of each row; `None`: each row is one.
+    """
 
     model: nn.Module
     batch: Batch
-    loss_fn: Callable[[nn.Module, Batch], Tensor]
+    loss_fn: LossFn
+    row_to_unit: Tensor | None = None
+
+    @property
+    def num_units(self) -> int:
+        """Return U."""
+        return Units.of(num_rows(self.batch), self.row_to_unit).num_units
+
+    @property
+    def unit_of_row(self) -> Tensor:
+        """Return the unit of each row, (R,)."""
+        return torch.arange(num_rows(self.batch)) if self.row_to_unit is None else self.row_to_unit
+
+    def take(self, units: Sequence[int]) -> "Case":
+        """Return the case of these units alone, in this order."""
+        if list(units) == list(range(self.num_units)):
+            return self
+        parts = [(self.unit_of_row == unit).nonzero()[:, 0] for unit in units]
+        chosen = torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
+        ids = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]).long())
+        batch = map_tensors(lambda tensor: tensor[chosen.to(tensor.device)], self.batch)
+        if isinstance(batch, Mapping) and ROW_TO_UNIT in batch:
+            batch = {**batch, ROW_TO_UNIT: ids}
+        return replace(self, batch=batch, row_to_unit=None if self.row_to_unit is None else ids)
+
+    def change(self, unit: int, value: Callable[[Tensor], Tensor]) -> "Case":
+        """Return a case in which `value` of each tensor, (...), stands in every row of one unit."""
+        rows = (self.unit_of_row == unit).nonzero()[:, 0]
+
+        def changed(tensor: Tensor) -> Tensor:
+            return tensor.index_put((rows.to(tensor.device),), value(tensor))
+
+        batch = map_tensors(changed, self.batch)
+        if isinstance(batch, Mapping) and isinstance(self.batch, Mapping) and ROW_TO_UNIT in batch:
+            batch = {**batch, ROW_TO_UNIT: self.batch[ROW_TO_UNIT]}
+        return replace(self, batch=batch)
+
+    def in_float64(self) -> "Case":
+        """Return the case with a float64 copy of the model and the batch."""
+        batch = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, self.batch)
+        return replace(self, model=copy.deepcopy(self.model).double(), batch=batch)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The float64 oracle's answer.
+    """The float64 oracle's answer under flat clipping.
 
     Attributes:
         total: Clipped sum, all trainable parameters in one vector, float64.
-        norms: (N,) norms before clipping, float64.
+        norms: (U,) norms before clipping, float64.
         max_grad_norm: C.
-        rounding: Relative error of a plain loop over examples in the model's own precision: what no method in
-            that precision can be blamed for. A norm over features that nearly cancel amplifies it.
+        rounding: Relative error of a plain loop over units in the model's own precision: what no method in that
+            precision can be blamed for. A norm over features that nearly cancel amplifies it.
     """
 
     total: Tensor
@@ -50,7 +99,7 @@ class Reference:
 
     @property
     def num_clipped(self) -> int:
-        """Examples whose gradient is longer than C."""
+        """Units whose gradient is longer than C."""
         return int((self.norms > self.max_grad_norm).sum())
 
 
@@ -59,28 +108,38 @@ def refer(case: Case, max_grad_norm: float | None = None) -> Reference:
 
     Args:
         case: What to differentiate.
-        max_grad_norm: C; default: the median norm, so that about half of the examples are clipped.
+        max_grad_norm: C; default: the median norm, so that about half of the units are clipped.
     """
-    _, norms = clipped_sum(case.model, case.loss_fn, case.batch, 1.0)
+    _, norms = oracle(case, 1.0)
     known = norms[torch.isfinite(norms) & (norms > 0)]
     threshold = max_grad_norm or (float(known.median()) if len(known) else 1.0)
-    exact, norms = clipped_sum(case.model, case.loss_fn, case.batch, threshold)
-    total = flatten(exact.values())
+    total, norms = oracle(case, threshold)
     return Reference(total, norms, threshold, relative_error(_plain_loop(case, threshold), total))
 
 
+def oracle(case: Case, max_grad_norm: float, groups: list[list[str]] | None = None) -> tuple[Tensor, Tensor]:
+    """Return the float64 clipped sum as one vector and the (U,) norms; see `reference.clipped_sum`."""
+    total, norms = clipped_sum(case.model, case.loss_fn, case.batch, max_grad_norm, case.row_to_unit, groups)
+    return flatten(total.values()), norms
+
+
 def _plain_loop(case: Case, max_grad_norm: float) -> Tensor:
-    """Return the clipped sum by autograd, one example at a time, in the model's own precision."""
+    """Return the clipped sum by autograd, one unit at a time, in the model's own precision."""
     model = copy.deepcopy(case.model)
     parameters = list(trainable_parameters(model).values())
     total = torch.zeros_like(flatten(parameters)).detach()
-    for row in range(num_rows(case.batch)):
-        (loss,) = case.loss_fn(model, rows(case.batch, [row]))
+    for unit in range(case.num_units):
+        (loss,) = case.loss_fn(model, case.take([unit]).batch)
         found = zip(parameters, gradients_of(loss, parameters), strict=True)
         gradient = flatten(torch.zeros_like(p) if g is None else g for p, g in found)
         factor = clip_factors(gradient.norm(), max_grad_norm)
         total += torch.where(factor > 0, gradient, 0) * factor
     return total
+
+
+def flatten(tensors: Iterable[Tensor]) -> Tensor:
+    """Return tensors as one vector."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
@@ -89,113 +148,7 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm()) / (length or 1.0)
 
 
-def flatten(tensors: Iterable[Tensor]) -> Tensor:
-    """Return tensors as one vector."""
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def rows(batch: Batch, index: Sequence[int]) -> Batch:
-    """Return these rows of a batch, in this order."""
-    return map_tensors(lambda tensor: tensor[list(index)], batch)
-
-
-def to_float64(batch: Batch) -> Batch:
-    """Return a batch whose floating-point tensors are float64."""
-    return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, batch)
-
-
-def replace_rows(batch: Batch, row: int, change: Callable[[Tensor], Tensor]) -> Batch:
-    """Return a copy of a batch in which `change` of each tensor stands in one row."""
-
-    def changed(tensor: Tensor) -> Tensor:
-        result = tensor.clone()
-        result[row] = change(tensor)
-        return result
-
-    return map_tensors(changed, batch)
-
-
 def floating(batch: Batch) -> dict[str | int, Tensor]:
     """Return the floating-point tensors of a batch by their key or place."""
     named = batch.items() if isinstance(batch, Mapping) else enumerate(tensors_of(batch))
     return {name: tensor for name, tensor in named if tensor.is_floating_point()}
-
-
-@dataclass(frozen=True)
-class Clipped:
-    """What a method returned.
-
-    Attributes:
-        total: `.grad` of all trainable parameters in one vector.
-        norms: (N,) norms before clipping, or `None` where the method does not hand them out.
-    """
-
-    total: Tensor
-    norms: Tensor | None
-
-
-class Trial:
-    """One method on one case at one threshold; every run has a fresh copy of the model.
-
-    Attributes:
-        case: What is examined.
-        method: A key of `METHODS`.
-        reference: The oracle's answer for `case`; gives the threshold.
-        seed: Of `generator`.
-        generator: Source of whatever a check draws.
-    """
-
-    def __init__(self, case: Case, method: str, reference: Reference, seed: int = 0) -> None:
-        self.case, self.method, self.reference, self.seed = case, method, reference, seed
-        self.generator = torch.Generator().manual_seed(seed)
-        self.num_examples = num_rows(case.batch)
-        self.max_grad_norm = reference.max_grad_norm
-        self._subsets: dict[tuple[int, ...], Clipped] = {}
-
-    def attach(self) -> Engine:
-        """Attach the method to a copy of the model."""
-        return attach(copy.deepcopy(self.case.model), self.method, max_grad_norm=self.max_grad_norm)
-
-    def in_float64(self) -> "Trial":
-        """Return the same trial on a float64 copy of the model and the batch."""
-        exact = Case(copy.deepcopy(self.case.model).double(), to_float64(self.case.batch), self.case.loss_fn)
-        return Trial(exact, self.method, self.reference, self.seed)
-
-    def run(self, *batches: Batch, loss_fn: LossFn | None = None) -> Clipped:
-        """Return the clipped sum over one batch, or over several that one release is made of."""
-        engine = self.attach()
-        norms = [engine.accumulate(loss_fn or self.case.loss_fn, batch) for batch in batches]
-        engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
-        known = [norm.detach() for norm in norms if norm is not None]
-        return Clipped(released(engine), torch.cat(known) if len(known) == len(norms) else None)
-
-    def subset(self, index: Sequence[int]) -> Clipped:
-        """Return the clipped sum over these rows of the case's batch; remembered."""
-        key = tuple(index)
-        if key not in self._subsets:
-            self._subsets[key] = self.run(rows(self.case.batch, key))
-        return self._subsets[key]
-
-    def everyone(self) -> Clipped:
-        """Return the clipped sum over all rows."""
-        return self.subset(range(self.num_examples))
-
-    def without(self, row: int) -> Clipped:
-        """Return the clipped sum over all rows but one."""
-        return self.subset([other for other in range(self.num_examples) if other != row])
-
-    def some_rows(self, most: int = 4) -> list[int]:
-        """Return rows to remove or to change: all of them, or `most` drawn at random."""
-        drawn = torch.randperm(self.num_examples, generator=self.generator).tolist()
-        return sorted(drawn[:most])
-
-    def relative(self, difference: Tensor) -> float:
-        """Return the length of a vector in units of C; infinity if it is not finite."""
-        length = float(difference.double().norm()) / self.max_grad_norm
-        return length if length == length else float("inf")
-
-
-def released(engine: Engine) -> Tensor:
-    """Return `.grad` of an engine's parameters as one vector, zeros where there is none."""
-    parameters = engine.parameters.values()
-    return flatten(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters).detach()

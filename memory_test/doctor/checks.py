@@ -4,14 +4,14 @@ Neighbouring batches differ by one example, added or removed. Lengths are in uni
 """
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dit_dp.clipping.batch import trainable_parameters
-from memory_test.doctor.case import Trial, flatten, relative_error, released, replace_rows, rows
+from memory_test.doctor.case import Case, flatten, relative_error
 from memory_test.doctor.facts import Check
+from memory_test.doctor.trial import Trial
 
 EXACT = 1e-5
 """Relative error of the clipped sum in float32: some hundred roundings of 2^-24 in a row."""
@@ -35,9 +35,9 @@ def coverage(trial: Trial) -> Check:
     """Every trainable parameter belongs to the engine, and has a gradient where the oracle's is not zero."""
     wanted = trainable_parameters(trial.case.model)
     engine = trial.attach()
-    engine.accumulate(trial.case.loss_fn, trial.case.batch)
+    engine.accumulate(trial.case.loss_fn, trial.case.batch, trial.case.row_to_unit)
     engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
-    exact = torch.split(trial.reference.total, [parameter.numel() for parameter in wanted.values()])
+    exact = torch.split(trial.exact, [parameter.numel() for parameter in wanted.values()])
     missing = [
         name
         for name, value in zip(wanted, exact, strict=True)
@@ -57,14 +57,14 @@ def exactness(trial: Trial) -> Check:
     Where a plain loop in the model's precision is further off than a third of `EXACT`, three times its error is
     allowed: the rounding is then the model's.
     """
-    measured = relative_error(trial.everyone().total, trial.reference.total)
+    measured = relative_error(trial.everyone().total, trial.exact)
     bound = max(EXACT, 3 * trial.reference.rounding)
     return Check.of("exactness", measured, bound, "relative error of the clipped sum against a float64 loop")
 
 
 def exactness_in_float64(trial: Trial) -> Check:
     """The same in float64, where nothing that is wrong passes for rounding."""
-    measured = relative_error(trial.in_float64().everyone().total, trial.reference.total)
+    measured = relative_error(trial.in_float64().everyone().total, trial.exact)
     text = "relative error of the clipped sum against a float64 loop, in float64"
     return Check.of("float64", measured, EXACT_FLOAT64, text + _FLOAT32_INSIDE * (measured > EXACT_FLOAT64))
 
@@ -72,11 +72,11 @@ def exactness_in_float64(trial: Trial) -> Check:
 def removal(trial: Trial) -> Check:
     """Removing an example moves the sum by at most C, also one whose inputs are a thousand times another's."""
     everyone = trial.everyone().total
-    moves = [trial.relative(everyone - trial.without(row).total) for row in trial.some_rows()]
-    row = trial.some_rows(1)[0]
+    moves = [trial.relative(everyone - trial.without(unit).total) for unit in trial.some_units()]
+    unit = trial.some_units(1)[0]
     for scale in SCALES:
-        changed = trial.run(replace_rows(trial.case.batch, row, another_rows_values(row, scale))).total
-        moves.append(trial.relative(changed - trial.without(row).total))
+        changed = trial.run(with_anothers_values(trial.case, unit, scale)).total
+        moves.append(trial.relative(changed - trial.without(unit).total))
     return Check.of("removal", max(moves), 1 + SLACK, "largest move of the sum when one example is removed, over C")
 
 
@@ -88,54 +88,51 @@ def independence(trial: Trial) -> Check:
     """
     exact = trial.in_float64()
     worst = 0.0
-    for row in exact.some_rows(2):
+    for unit in exact.some_units(2):
         for scale in SCALES:
-            batch = replace_rows(exact.case.batch, row, another_rows_values(row, scale))
-            others = exact.run(batch).total - exact.run(rows(batch, [row])).total
-            worst = max(worst, exact.relative(others - exact.without(row).total))
+            changed = with_anothers_values(exact.case, unit, scale)
+            others = exact.run(changed).total - exact.run(changed.take([unit])).total
+            worst = max(worst, exact.relative(others - exact.without(unit).total))
     text = "move of the others' sum when one example changes, over C, in float64"
     return Check.of("independence", worst, SLACK_FLOAT64, text + _FLOAT32_INSIDE * (worst > SLACK_FLOAT64))
 
 
-def another_rows_values(row: int, scale: float) -> Callable[[Tensor], Tensor]:
-    """Return a change that puts the next row's values in a row, scaled where they float."""
+def with_anothers_values(case: Case, unit: int, scale: float) -> Case:
+    """Return a case in which a unit has the values of a row that is not its own, scaled where they float."""
+    row = int((case.unit_of_row != unit).nonzero()[0, 0])
 
-    def change(tensor: Tensor) -> Tensor:
-        value = tensor[(row + 1) % tensor.shape[0]]
-        return value * scale if value.is_floating_point() else value
+    def value(tensor: Tensor) -> Tensor:
+        return tensor[row] * scale if tensor.is_floating_point() else tensor[row]
 
-    return change
+    return case.change(unit, value)
 
 
 def order(trial: Trial) -> Check:
     """The order of the batch does not matter."""
-    index = list(range(trial.num_examples))[::-1]
-    measured = trial.relative(trial.subset(index).total - trial.everyone().total)
+    backwards = list(range(trial.num_units))[::-1]
+    measured = trial.relative(trial.subset(backwards).total - trial.everyone().total)
     return Check.of("order", measured, SLACK, "move of the sum when the batch is reversed, over C")
 
 
 def accumulation(trial: Trial) -> Check:
     """A batch taken in two parts, an empty one between them, gives the same sum."""
-    half = trial.num_examples // 2
-    everyone = list(range(trial.num_examples))
-    parts = (rows(trial.case.batch, part) for part in (everyone[:half], [], everyone[half:]))
+    half = trial.num_units // 2
+    everyone = list(range(trial.num_units))
+    parts = (trial.case.take(part) for part in (everyone[:half], [], everyone[half:]))
     measured = trial.relative(trial.run(*parts).total - trial.everyone().total)
     return Check.of("accumulation", measured, SLACK, "move of the sum when the batch comes in parts, over C")
 
 
 def emptiness(trial: Trial) -> Check:
     """An empty batch gives zeros, and noise can be added to them."""
-    engine = trial.attach()
-    engine.accumulate(trial.case.loss_fn, rows(trial.case.batch, []))
-    engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
-    measured = float(released(engine).abs().max())
+    measured = float(trial.subset([]).total.abs().max())
     return Check.of("empty batch", measured, 0, "largest entry of the sum over no example")
 
 
 def restoration(trial: Trial) -> Check:
     """Detaching leaves the model as it was: same parameters, same function, no gradient."""
     engine = trial.attach()
-    engine.accumulate(trial.case.loss_fn, trial.case.batch)
+    engine.accumulate(trial.case.loss_fn, trial.case.batch, trial.case.row_to_unit)
     model = engine.model
     engine.detach()
     plain = copy.deepcopy(trial.case.model)

@@ -1,10 +1,11 @@
 """The command: build the case, examine the model and every method, write what was found."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import TextIO
 
-from dit_dp.clipping.batch import num_rows, trainable_parameters
+from dit_dp.clipping.batch import trainable_parameters
 from memory_test.core import environment, store
 from memory_test.doctor.args import OURS, DoctorArgs
 from memory_test.doctor.case import Case, Reference
@@ -12,6 +13,9 @@ from memory_test.doctor.examine import examine_attachment, examine_method, exami
 from memory_test.doctor.facts import Diagnosis, Examination
 from memory_test.doctor.render import to_json, write_text
 from memory_test.doctor.subject import build_case
+
+_PEERS_WARN = ("Full backward hook is firing", "In CPU autocast, but the target dtype is not supported")
+"""Opacus's hooks on layers whose inputs take no gradient; its vmap and ExpandedWeights in float64."""
 
 
 def run_doctor(args: DoctorArgs, out: TextIO | None = None) -> int:
@@ -29,8 +33,10 @@ def run_doctor(args: DoctorArgs, out: TextIO | None = None) -> int:
     """
     if args.json is not None:
         store.check_writable(args.json, "json")
-    name, case = build_case(args)
-    examination = examine(name, case, args)
+    with warnings.catch_warnings():
+        for message in _PEERS_WARN:
+            warnings.filterwarnings("ignore", message=message)
+        examination = examine(*build_case(args), args)
     write_text(examination, out or sys.stdout)
     if args.json is not None:
         store.write_text(args.json, to_json(examination, environment.capture("cpu")))
@@ -43,7 +49,7 @@ def examine(name: str, case: Case, args: DoctorArgs) -> Examination:
     return Examination(
         model=name,
         num_parameters=sum(parameter.numel() for parameter in trainable_parameters(case.model).values()),
-        num_examples=num_rows(case.batch),
+        num_examples=case.num_units,
         max_grad_norm=None if reference is None else reference.max_grad_norm,
         num_clipped=None if reference is None else reference.num_clipped,
         seed=args.seed,

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from dit_dp.clipping import attach
 from dit_dp.errors import UnsupportedModelError, UsageError
 from memory_test.doctor import checks
-from memory_test.doctor.case import Case, Reference, Trial, refer
+from memory_test.doctor.case import Case, Reference, refer
 from memory_test.doctor.facts import Check, Diagnosis
 from memory_test.doctor.model_checks import coupling, determinism
 from memory_test.doctor.noise import noise
 from memory_test.doctor.nonfinite import nonfinite
+from memory_test.doctor.trial import Trial
 from memory_test.inspection.subject import users_code
 
 CHECKS: dict[str, Callable[[Trial], Check]] = {
@@ -36,7 +37,7 @@ def examine_model(case: Case, max_grad_norm: float | None = None) -> tuple[Diagn
     """Check the model and ask the oracle.
 
     Args:
-        case: At least two examples; left untouched.
+        case: At least two units; left untouched.
         max_grad_norm: C; default: what `refer` chooses.
 
     Returns:
@@ -59,7 +60,7 @@ def examine_method(case: Case, method: str, reference: Reference, seed: int = 0)
         case: Left untouched; runs use copies of its model.
         method: A private key of `METHODS`.
         reference: The oracle's answer for `case`.
-        seed: Of the rows and the noise that are drawn.
+        seed: Of the units and the noise that are drawn.
 
     Returns:
         The checks; only the first if the method refuses the model.

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from memory_test.doctor.case import Trial, released
 from memory_test.doctor.facts import Check
+from memory_test.doctor.trial import Trial, released
 
 NOISE_MULTIPLIER = 2.0
 """sigma of the check; not 1, so that a forgotten factor shows."""
@@ -23,7 +23,7 @@ def noise(trial: Trial) -> Check:
     (Bonferroni), so that correct noise fails with probability at most `FALSE_ALARM`.
     """
     engine = trial.attach()
-    engine.accumulate(trial.case.loss_fn, trial.case.batch)
+    engine.accumulate(trial.case.loss_fn, trial.case.batch, trial.case.row_to_unit)
     generator = torch.Generator(device=next(iter(engine.parameters.values())).device)
     generator.manual_seed(int(torch.randint(2**31, (1,), generator=trial.generator)))
     engine.privatize(noise_multiplier=NOISE_MULTIPLIER, expected_batch_size=1, generator=generator)

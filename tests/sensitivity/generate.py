@@ -65,6 +65,8 @@ class _Builder:
         before, images = self.shape, self.images
         inner = self.piece(nested=True)
         kind = self.rng.choice(["residual", "checkpoint reentrant", "checkpoint non-reentrant"])
+        if kind == "checkpoint reentrant" and isinstance(inner, (pieces.Tied, pieces.Repeated)):
+            kind = "checkpoint non-reentrant"  # see test_random_cases.py, test_two_calls_in_a_reentrant_checkpoint
         if kind == "residual" and (self.shape, self.images) != (before, images):
             return inner
         self.kinds[kind] += 1
@@ -175,15 +177,7 @@ def _chain_case(rng: random.Random, generator: torch.Generator, num_examples: in
         "words": (rng.choice([1, 5]), rng.choice([4, 6])),
     }
     builder = _Builder(rng, shapes[form], images=form == "images")
-    start: list[nn.Module] = []
-    if form == "words":
-        inputs = torch.randint(0, VOCABULARY, (num_examples, shapes[form][0]), generator=generator)
-        padding, tied = rng.random() < 0.3, rng.random() < 0.3
-        start.append(pieces.Words(VOCABULARY, shapes[form][1], padding=padding, tied=tied))
-        builder.kinds.update({"Embedding by word": 1, "Embedding by example": 1, "padding row": padding})
-        builder.kinds["Embedding tied to a Linear"] += tied
-    else:
-        inputs = torch.randn(num_examples, *shapes[form], generator=generator)
+    start = [_words(builder)] if form == "words" else []
     chain = start + [builder.piece() for _ in range(rng.randint(1, 5))]
     outputs = rng.choice([2, 5])
     head = nn.Linear(torch.Size(builder.shape).numel(), outputs)
@@ -191,8 +185,35 @@ def _chain_case(rng: random.Random, generator: torch.Generator, num_examples: in
     builder.kinds["unused layer"] += unused is not None
     model = pieces.Network(chain, head, unused)
     _freeze_some(model, rng, builder.kinds)
-    target = _scales(num_examples, generator)[:, None] * torch.randn(num_examples, outputs, generator=generator)
-    return RandomCase(Case(model, (inputs, target), pieces.squared_error), +builder.kinds)
+    ids = _units(rng, generator, num_examples)
+    rows = num_examples if ids is None else len(ids)
+    if form == "words":
+        inputs = torch.randint(0, VOCABULARY, (rows, shapes[form][0]), generator=generator)
+    else:
+        inputs = torch.randn(rows, *shapes[form], generator=generator)
+    target = _scales(rows, generator)[:, None] * torch.randn(rows, outputs, generator=generator)
+    if ids is None:
+        return RandomCase(Case(model, (inputs, target), pieces.squared_error), +builder.kinds)
+    builder.kinds["units of several rows"] += 1
+    batch = {"inputs": inputs, "target": target, "row_to_unit": ids}
+    return RandomCase(Case(model, batch, pieces.squared_error_of_units, ids), +builder.kinds)
+
+
+def _words(builder: _Builder) -> nn.Module:
+    """Return embeddings of words and of labels, with or without a padding row and a tied linear."""
+    padding, tied = builder.rng.random() < 0.3, builder.rng.random() < 0.3
+    builder.kinds.update({"Embedding by word": 1, "Embedding by example": 1, "Embedding with padding row": padding})
+    builder.kinds["Embedding tied to a Linear"] += tied
+    return pieces.Words(VOCABULARY, builder.shape[-1], padding=padding, tied=tied)
+
+
+def _units(rng: random.Random, generator: torch.Generator, num_units: int) -> Tensor | None:
+    """Return the unit of each row for one case in six: one to three rows a unit, in order or shuffled."""
+    if rng.random() > 1 / 6:
+        return None
+    counts = [2, *(rng.randint(1, 3) for _ in range(num_units - 1))]
+    ids = torch.arange(num_units).repeat_interleave(torch.tensor(counts))
+    return ids if rng.random() < 0.5 else ids[torch.randperm(len(ids), generator=generator)]
 
 
 def _scales(num_examples: int, generator: torch.Generator) -> Tensor:

@@ -135,3 +135,11 @@ def squared_error(model: nn.Module, batch: Any) -> Tensor:
     inputs, target = batch
     losses: Tensor = (model(inputs) - target).square().mean(1)
     return losses
+
+
+def squared_error_of_units(model: nn.Module, batch: Any) -> Tensor:
+    """Return the mean over each unit's rows of their squared errors, (U,)."""
+    losses = squared_error(model, (batch["inputs"], batch["target"]))
+    ids = batch["row_to_unit"]
+    sums = losses.new_zeros(int(ids.max()) + 1).index_add(0, ids, losses)
+    return sums / ids.bincount()
