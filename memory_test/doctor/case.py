@@ -82,7 +82,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Reference:
-    """The float64 oracle's answer under flat clipping.
+    """The float64 oracle's answer.
 
     Attributes:
         total: Clipped sum, all trainable parameters in one vector, float64.
@@ -103,38 +103,42 @@ class Reference:
         return int((self.norms > self.max_grad_norm).sum())
 
 
-def refer(case: Case, max_grad_norm: float | None = None) -> Reference:
+def refer(case: Case, max_grad_norm: float | None = None, groups: list[list[str]] | None = None) -> Reference:
     """Ask the oracle.
 
     Args:
         case: What to differentiate.
         max_grad_norm: C; default: the median norm, so that about half of the units are clipped.
+        groups: Names of parameters that are clipped together; default: flat clipping.
     """
-    _, norms = oracle(case, 1.0)
+    threshold = max_grad_norm or _median_norm(case)
+    exact, norms = clipped_sum(case.model, case.loss_fn, case.batch, threshold, case.row_to_unit, groups)
+    total = flatten(exact.values())
+    return Reference(total, norms, threshold, relative_error(_plain_loop(case, threshold, groups), total))
+
+
+def _median_norm(case: Case) -> float:
+    """Return the median of the norms that are finite and not zero, or 1."""
+    _, norms = clipped_sum(case.model, case.loss_fn, case.batch, 1.0, case.row_to_unit)
     known = norms[torch.isfinite(norms) & (norms > 0)]
-    threshold = max_grad_norm or (float(known.median()) if len(known) else 1.0)
-    total, norms = oracle(case, threshold)
-    return Reference(total, norms, threshold, relative_error(_plain_loop(case, threshold), total))
+    return float(known.median()) if len(known) else 1.0
 
 
-def oracle(case: Case, max_grad_norm: float, groups: list[list[str]] | None = None) -> tuple[Tensor, Tensor]:
-    """Return the float64 clipped sum as one vector and the (U,) norms; see `reference.clipped_sum`."""
-    total, norms = clipped_sum(case.model, case.loss_fn, case.batch, max_grad_norm, case.row_to_unit, groups)
-    return flatten(total.values()), norms
-
-
-def _plain_loop(case: Case, max_grad_norm: float) -> Tensor:
+def _plain_loop(case: Case, max_grad_norm: float, groups: list[list[str]] | None) -> Tensor:
     """Return the clipped sum by autograd, one unit at a time, in the model's own precision."""
     model = copy.deepcopy(case.model)
-    parameters = list(trainable_parameters(model).values())
-    total = torch.zeros_like(flatten(parameters)).detach()
+    parameters = trainable_parameters(model)
+    total = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
     for unit in range(case.num_units):
         (loss,) = case.loss_fn(model, case.take([unit]).batch)
-        found = zip(parameters, gradients_of(loss, parameters), strict=True)
-        gradient = flatten(torch.zeros_like(p) if g is None else g for p, g in found)
-        factor = clip_factors(gradient.norm(), max_grad_norm)
-        total += torch.where(factor > 0, gradient, 0) * factor
-    return total
+        found = dict(zip(parameters, gradients_of(loss, parameters.values()), strict=True))
+        for group in groups or [list(parameters)]:
+            used = {name: gradient for name in group if (gradient := found[name]) is not None}
+            norm = flatten(used.values()).norm() if used else loss.new_zeros(())
+            factor = clip_factors(norm, max_grad_norm / len(groups or [group]) ** 0.5)
+            for name, gradient in used.items():
+                total[name] += torch.where(factor > 0, gradient, 0) * factor
+    return flatten(total.values())
 
 
 def flatten(tensors: Iterable[Tensor]) -> Tensor:

@@ -37,7 +37,7 @@ def coverage(trial: Trial) -> Check:
     engine = trial.attach()
     engine.accumulate(trial.case.loss_fn, trial.case.batch, trial.case.row_to_unit)
     engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
-    exact = torch.split(trial.exact, [parameter.numel() for parameter in wanted.values()])
+    exact = torch.split(trial.exact.total, [parameter.numel() for parameter in wanted.values()])
     missing = [
         name
         for name, value in zip(wanted, exact, strict=True)
@@ -57,14 +57,14 @@ def exactness(trial: Trial) -> Check:
     Where a plain loop in the model's precision is further off than a third of `EXACT`, three times its error is
     allowed: the rounding is then the model's.
     """
-    measured = relative_error(trial.everyone().total, trial.exact)
-    bound = max(EXACT, 3 * trial.reference.rounding)
+    measured = relative_error(trial.everyone().total, trial.exact.total)
+    bound = max(EXACT, 3 * trial.exact.rounding)
     return Check.of("exactness", measured, bound, "relative error of the clipped sum against a float64 loop")
 
 
 def exactness_in_float64(trial: Trial) -> Check:
     """The same in float64, where nothing that is wrong passes for rounding."""
-    measured = relative_error(trial.in_float64().everyone().total, trial.exact)
+    measured = relative_error(trial.in_float64().everyone().total, trial.exact.total)
     text = "relative error of the clipped sum against a float64 loop, in float64"
     return Check.of("float64", measured, EXACT_FLOAT64, text + _FLOAT32_INSIDE * (measured > EXACT_FLOAT64))
 

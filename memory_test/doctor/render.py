@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -17,25 +18,27 @@ SCHEMA_VERSION = 1
 WIDTH = 100
 
 MEASURES = {
-    "determinism": "change of a loss when run twice",
+    "determinism": "change of a loss run twice",
     "coupling": "gradient across examples",
-    "reference": "a float64 loop over examples",
-    "coverage": "parameters without a gradient",
-    "exactness": "error against a float64 loop",
+    "reference": "float64 loop over examples",
+    "coverage": "parameters without gradient",
+    "exactness": "error against float64 loop",
     "float64": "the same in float64",
-    "removal": "move when one example goes, / C",
-    "independence": "move of the others' sum, / C",
-    "order": "move when the batch turns, / C",
-    "accumulation": "move when it comes in parts, / C",
-    "empty batch": "largest entry of an empty sum",
-    "non-finite": "move of the others' sum, / C",
-    "noise": "surprise at its size, -log10 p",
+    "removal": "move when one example goes",
+    "independence": "move of the others' sum",
+    "order": "move when the batch turns",
+    "accumulation": "move when taken in parts",
+    "empty batch": "entry of an empty sum",
+    "non-finite": "move of the others' sum",
+    "noise": "surprise, -log10 p",
     "restoration": "change by attach and detach",
 }
-"""What the number of each check is, in few words."""
+"""What the number of each check is, in few words; moves are in units of C."""
 
 _STYLES = {"passed": "", "failed": "bold red", "refused": "yellow"}
-_METHODS_A_TABLE = 3
+_GAP = 2
+_ROOM = WIDTH - sum(max(map(len, column)) + _GAP for column in (MEASURES.keys(), MEASURES.values(), ["at most"]))
+"""Characters left for the columns of methods."""
 
 
 def write_text(examination: Examination, out: TextIO) -> None:
@@ -43,17 +46,31 @@ def write_text(examination: Examination, out: TextIO) -> None:
     console = Console(file=out, highlight=False, width=None if out.isatty() else WIDTH)
     console.print(Text(_headline(examination)))
     model, *methods = examination.diagnoses
-    for start in range(0, max(len(methods), 1), _METHODS_A_TABLE):
-        together = methods[start : start + _METHODS_A_TABLE]
+    for diagnoses in ([model], *_side_by_side(methods)):
         console.print()
-        console.print(_table([model, *together] if start == 0 else together))
+        console.print(_table(diagnoses))
     for diagnosis in examination.diagnoses:
         for check in diagnosis.checks:
             if check.status != "passed":
                 console.print()
                 console.print(_complaint(diagnosis, check))
+                console.print(Padding(Text(check.explanation), (0, 0, 0, 2), expand=False))
     console.print()
     console.print(_verdict(examination))
+
+
+def _side_by_side(diagnoses: Sequence[Diagnosis]) -> list[list[Diagnosis]]:
+    """Split diagnoses into tables that are narrow enough."""
+    tables: list[list[Diagnosis]] = []
+    left = 0
+    for diagnosis in diagnoses:
+        width = max(len(diagnosis.subject), len("1.0000")) + _GAP
+        if width > left:
+            tables.append([])
+            left = _ROOM
+        tables[-1].append(diagnosis)
+        left -= width
+    return tables
 
 
 def _headline(examination: Examination) -> str:
@@ -66,7 +83,7 @@ def _headline(examination: Examination) -> str:
 
 def _table(diagnoses: Sequence[Diagnosis]) -> Table:
     """Return checks as rows and subjects as columns."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table = Table(box=None, padding=(0, _GAP, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("check")
     table.add_column("what is measured", style="dim")
     table.add_column("at most", justify="right", style="dim")
@@ -98,11 +115,13 @@ def _number(value: float) -> str:
 
 
 def _complaint(diagnosis: Diagnosis, check: Check) -> Text:
-    """Say what failed, by how much, and why."""
-    text = Text(f"{diagnosis.subject}, {check.name}: {check.status}", _STYLES[check.status])
+    """Say what failed and by how much, or who refused."""
+    if check.status == "refused":
+        return Text(f"{diagnosis.subject}: refused", _STYLES["refused"])
+    text = Text(f"{diagnosis.subject}, {check.name}: failed", _STYLES["failed"])
     if check.measured is not None and check.bound is not None:
-        text.append(f", {_number(check.measured)} where at most {_number(check.bound)} may be", "default")
-    return text.append(f"\n  {check.explanation}", "default not bold")
+        text.append(f", {_number(check.measured)} where at most {_number(check.bound)} may be", "default not bold")
+    return text
 
 
 def _verdict(examination: Examination) -> Text:

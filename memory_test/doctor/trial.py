@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_dp.clipping import METHODS, attach
 from dit_dp.clipping.engine import Engine
-from memory_test.doctor.case import Case, Reference, flatten, oracle
+from memory_test.doctor.case import Case, Reference, flatten, refer
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Trial:
         self._subsets: dict[tuple[int, ...], Clipped] = {}
 
     @cached_property
-    def exact(self) -> Tensor:
-        """The oracle's clipped sum, by the groups of parameters that the method clips together."""
+    def exact(self) -> Reference:
+        """The oracle's answer under the method's own clipping: flat, or by groups of parameters."""
         if METHODS[self.method].flat:
-            return self.reference.total
-        return oracle(self.case, self.max_grad_norm, self.attach().groups)[0]
+            return self.reference
+        return refer(self.case, self.max_grad_norm, self.attach().groups)
 
     def in_float64(self) -> "Trial":
         """Return the same trial on a float64 copy of the case."""
