@@ -134,7 +134,8 @@ def _plain_loop(case: Case, max_grad_norm: float, groups: list[list[str]] | None
         found = dict(zip(parameters, gradients_of(loss, parameters.values()), strict=True))
         for group in groups or [list(parameters)]:
             used = {name: gradient for name in group if (gradient := found[name]) is not None}
-            norm = flatten(used.values()).norm() if used else loss.new_zeros(())
+            # In float64: torch's float32 norm of 3e7 numbers is off by 1e-4, which is no property of the model.
+            norm = flatten(used.values()).double().norm() if used else loss.new_zeros(())
             factor = clip_factors(norm, max_grad_norm / len(groups or [group]) ** 0.5)
             for name, gradient in used.items():
                 total[name] += torch.where(factor > 0, gradient, 0) * factor

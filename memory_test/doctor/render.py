@@ -18,22 +18,22 @@ SCHEMA_VERSION = 1
 WIDTH = 100
 
 MEASURES = {
-    "determinism": "change of a loss run twice",
-    "coupling": "gradient across examples",
-    "reference": "float64 loop over examples",
-    "coverage": "parameters without gradient",
-    "exactness": "error against float64 loop",
+    "determinism": "two runs differ by",
+    "coupling": "gradient of others",
+    "reference": "float64 loop",
+    "coverage": "without gradient",
+    "exactness": "error, float64 loop",
     "float64": "the same in float64",
-    "removal": "move when one example goes",
-    "independence": "move of the others' sum",
-    "order": "move when the batch turns",
-    "accumulation": "move when taken in parts",
-    "empty batch": "entry of an empty sum",
-    "non-finite": "move of the others' sum",
+    "removal": "move, one removed",
+    "independence": "move of the others",
+    "order": "move, reversed",
+    "accumulation": "move, in parts",
+    "empty batch": "largest entry",
+    "non-finite": "move of the others",
     "noise": "surprise, -log10 p",
-    "restoration": "change by attach and detach",
+    "restoration": "change",
 }
-"""What the number of each check is, in few words; moves are in units of C."""
+"""What the number of each check is, in few words; moves of the clipped sum are in units of C."""
 
 _STYLES = {"passed": "", "failed": "bold red", "refused": "yellow"}
 _GAP = 2
