@@ -208,10 +208,10 @@ def _words(builder: _Builder) -> nn.Module:
 
 
 def _units(rng: random.Random, generator: torch.Generator, num_units: int) -> Tensor | None:
-    """Return the unit of each row for one case in six: two or three rows a unit, in order or shuffled."""
+    """Return the unit of each row for one case in six: one to three rows a unit, in order or shuffled."""
     if rng.random() > 1 / 6:
         return None
-    counts = [rng.randint(2, 3) for _ in range(num_units)]
+    counts = [2, *(rng.randint(1, 3) for _ in range(num_units - 1))]
     ids = torch.arange(num_units).repeat_interleave(torch.tensor(counts))
     return ids if rng.random() < 0.5 else ids[torch.randperm(len(ids), generator=generator)]
 

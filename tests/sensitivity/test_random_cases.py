@@ -120,7 +120,7 @@ def recomputed_loss(model: nn.Module, batch: Batch) -> Tensor:
     strict=True,
     reason="calls in a forward without gradients are not counted, so each settles alone and cross terms are lost",
 )
-@pytest.mark.parametrize("method", ["ghost", "bookkeeping"])
+@pytest.mark.parametrize("method", ["ghost", "bookkeeping", "lean"])
 def test_two_calls_in_a_reentrant_checkpoint(method: str) -> None:
     torch.manual_seed(0)
     model, batch = Recomputed(), (torch.randn(4, 4), 10 * torch.randn(4, 4))
