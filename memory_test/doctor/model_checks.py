@@ -85,9 +85,9 @@ def _watch(name: str, foreign: Mapping[int, Tensor], leaks: list[Leak]) -> Calla
 
 
 def _leak_of(where: str, gradient: Tensor, others: Tensor) -> Leak:
-    """Return the largest entry of the other examples' rows."""
+    """Return the largest entry of the other examples' rows; NaN is a row's own infinite derivative times zero."""
     foreign = gradient.detach()[others.to(gradient.device)].abs()
-    size = float(foreign.nan_to_num(nan=float("inf")).max()) if foreign.numel() else 0.0
+    size = float(foreign.nan_to_num(nan=0.0).max()) if foreign.numel() else 0.0
     return Leak(size, where) if size > 0 else Leak()
 
 
