@@ -100,7 +100,7 @@ def test_a_peer_that_fails_is_shown(folder: Path) -> None:
         (("users_models:Own.make_batch",), "raised TypeError"),
         (("nn:x:y",), "module:callable"),
         (("DiT-Q/2",), "accepted: DiT-S/2"),
-        (("DiT-S/2", "--methods", "vanilla"), "accepted: bookkeeping, "),
+        (("DiT-S/2", "--methods", "vanilla"), "bookkeeping, "),
         (("DiT-S/2", "--methods", "ghost", "ghost"), "each method once"),
         (("DiT-S/2", "--batch-size", "1"), "an integer >= 2"),
         (("DiT-S/2", "--max-grad-norm", "0"), "max_grad_norm: got 0.0"),
