@@ -15,9 +15,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -m "not gpu and not full"
 
-# Every stated count instead of a seeded sample of them.
+# Every stated count instead of a seeded sample of them, 500 random cases a method; writes their record.
 test-full: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --sensitivity-record results/sensitivity/record.json
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The console command ``memory-test``: parse, call, exit. Nothing heavy is imported before a command runs.
 
-Exit codes: 0 ok; 1 a record with any other status; 2 the user's mistake, said in one line.
+Exit codes: 0 ok; 1 a record with any other status, or a check of the doctor that did not pass; 2 the user's mistake,
+said in one line.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ COMMANDS = {
     "compare": "time methods against a baseline in turns, step by step, resumable",
     "report": "figures, Markdown and one HTML page from a folder of records",
     "inspect": "module tree, trainable parameters, which method supports which layer",
+    "doctor": "check that private methods keep their promise on a model",
 }
 RESULTS = Path("results") / "runs"
 
@@ -79,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare": main_compare,
         "report": main_report,
         "inspect": main_inspect,
+        "doctor": main_doctor,
     }
     if name not in runners:
         return _complain(UsageError.for_value("command", name, COMMANDS))
@@ -122,6 +125,18 @@ def main_inspect(argv: Sequence[str] | None = None, prog: str | None = None) -> 
         return run_inspect(args)
 
     return _guarded(InspectArgs, argv, prog, inspect)
+
+
+def main_doctor(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Check private methods on a model."""
+    from memory_test.doctor.args import DoctorArgs
+
+    def doctor(args: DoctorArgs) -> int:
+        from memory_test.doctor.command import run_doctor
+
+        return run_doctor(args)
+
+    return _guarded(DoctorArgs, argv, prog, doctor)
 
 
 # --- commands -----------------------------------------------------------------------------------------------------

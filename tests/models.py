@@ -1,7 +1,6 @@
 """Small models of every layer kind, each with a batch and a per-example loss, for oracles and properties."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from dit_dp.clipping import METHODS, attach
 from dit_dp.clipping.batch import Batch
+from memory_test.doctor.case import Case
 from tests import raw_models
 
 DIFFUSERS: dict[str, Any] = {
@@ -23,15 +23,6 @@ DIFFUSERS: dict[str, Any] = {
     "num_embeds_ada_norm": 10,
 }
 """Arguments of the smallest `DiTTransformer2DModel` that has everything: 2 blocks, width 16, 16 tokens, 10 labels."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, N examples for it, and their loss."""
-
-    model: nn.Module
-    batch: Batch
-    loss_fn: Callable[[nn.Module, Batch], Tensor]
 
 
 class Tokens(nn.Module):

@@ -18,6 +18,7 @@ LAYERS = [
     {"memory_test.core"},
     {"memory_test.sweep", "memory_test.report", "memory_test.inspection"},
     {"memory_test.compare"},
+    {"memory_test.doctor"},
     {"memory_test.cli"},
     {"memory_test.diffusion_profile"},
 ]
@@ -33,6 +34,9 @@ WITHOUT_TORCH = [
     "memory_test.core.config",
     "memory_test.core.schema",
     "memory_test.core.store",
+    "memory_test.core.model_args",
+    "memory_test.doctor.args",
+    "memory_test.doctor.facts",
     "memory_test.inspection.args",
     "memory_test.report.report",
     "memory_test.sweep.grid",

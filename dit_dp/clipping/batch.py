@@ -71,6 +71,27 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
+def gradients_of(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+    """Return the gradients of a scalar; what `.grad` held is put back.
+
+    By `backward`, because reentrant activation checkpointing refuses `torch.autograd.grad`.
+
+    Args:
+        loss: A scalar with its graph, which is freed.
+        parameters: Leaves; one the loss does not use has `None`.
+    """
+    leaves = list(parameters)
+    earlier = [leaf.grad for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        return [leaf.grad for leaf in leaves]
+    finally:
+        for leaf, grad in zip(leaves, earlier, strict=True):
+            leaf.grad = grad
+
+
 def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
     """Return ``min(1, C / (norm + 1e-6))`` per example, and 0 where the norm is not finite.
 

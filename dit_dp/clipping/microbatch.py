@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dit_dp.clipping.batch import Batch, LossFn, check_losses, clip_factors
+from dit_dp.clipping.batch import Batch, LossFn, check_losses, clip_factors, gradients_of
 from dit_dp.clipping.contributions import float32
 from dit_dp.clipping.engine import Engine, LayerRule
 from dit_dp.clipping.rules import COUPLED
@@ -56,9 +56,7 @@ class MicrobatchEngine(Engine):
 
     def _finish(self, losses: Tensor) -> Tensor:
         self._announce("backward")
-        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-            losses[0], list(self.model_parameters.values()), allow_unused=True
-        )
+        gradients = gradients_of(losses[0], self.model_parameters.values())
         self._announce("clip")
         found = [None if g is None else float32(g) for g in gradients]
         flat = [g.reshape(-1) for g in found if g is not None]

@@ -15,7 +15,9 @@ from dit_dp.clipping.batch import Batch, LossFn
 from dit_dp.clipping.contributions import HALF, float32
 from dit_dp.clipping.engine import Engine, LayerRule, memory_scope
 from dit_dp.clipping.peer_checks import (
+    LACKS_BIAS,
     FirstForward,
+    lacks_bias,
     refusal,
     refuse_flat_indices,
     refuse_shared_modules,
@@ -146,7 +148,8 @@ class _OpacusBase(Engine):
         for parameter in self.parameters.values():
             if getattr(parameter, "summed_grad", None) is None:
                 parameter.summed_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
-            parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
+            if ("grad_sample", "per_example_gradients") in self.held:
+                parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
         self._state = "accumulated"
         return next(iter(self.parameters.values())).new_zeros(0)
 
@@ -244,6 +247,8 @@ class OpacusEngine(_OpacusBase):
         """Return `direct` for hand-written samplers, `functorch` for the rest."""
         from opacus.grad_sample import GradSampleModule
 
+        if lacks_bias(module):
+            return "none", LACKS_BIAS
         if type(module) in GradSampleModule.GRAD_SAMPLERS:
             return "direct", "hand-written per-example gradient"
         return "functorch", "no hand-written sampler"
@@ -402,6 +407,8 @@ class OpacusGhostEngine(_OpacusBase):
         """Return `ghost` where Opacus has a norm sampler, else `direct` or `functorch`."""
         from opacus.grad_sample import GradSampleModuleFastGradientClipping as Ghost
 
+        if lacks_bias(module):
+            return "none", LACKS_BIAS
         if type(module) in Ghost.NORM_SAMPLERS:
             return "ghost", "norm sampler"
         if type(module) in Ghost.GRAD_SAMPLERS:

@@ -26,6 +26,14 @@ def refusal(module: nn.Module) -> str | None:
     return None
 
 
+LACKS_BIAS = "its LayerNorm sampler needs a bias (seen in 1.6.0); use opacus-functorch, or bias=True"
+
+
+def lacks_bias(module: nn.Module) -> bool:
+    """Return whether a layer is a LayerNorm with a scale and no shift, on which Opacus's sampler crashes."""
+    return isinstance(module, nn.LayerNorm) and module.elementwise_affine and module.bias is None
+
+
 def want_contiguous_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
     """Make the gradient of a convolution's output contiguous: PyTorch's rule for it calls `view`."""
     if output.requires_grad:
@@ -108,6 +116,11 @@ class FirstForward:
 
     def _count(self, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, args: Any) -> None:
+            if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+                raise UnsupportedModelError(
+                    f"model: {self._method} cannot run on layer {name}: it is called inside an activation checkpoint, "
+                    f"which runs hooks twice; use ghost"
+                )
             if torch.is_grad_enabled():
                 self._calls[name] += 1
 

@@ -219,7 +219,8 @@ class Prober:
         if self._alone is None or len(gradient) <= self._alone:
             return
         others = torch.arange(len(gradient)) != self._alone
-        if bool(gradient[others.to(gradient.device)].any()):
+        reached = gradient[others.to(gradient.device)].nan_to_num(nan=0.0)  # zero times an infinite derivative is NaN
+        if bool(reached.any()):
             raise CoupledExamplesError(
                 f"model: the loss of one example depends on another's rows (seen at {where}), so no per-example "
                 f"gradient exists; take out what mixes the batch, such as BatchNorm or a mean over the first dimension"

@@ -11,6 +11,7 @@ from dit_dp.clipping.batch import (
     LossFn,
     check_losses,
     clip_factors,
+    gradients_of,
     map_tensors,
     num_rows,
     trainable_parameters,
@@ -62,7 +63,7 @@ def clipped_sum(
         example, _ = units.take(rows, index, index + 1)
         losses = loss_fn(exact, example)
         check_losses(losses, 1)
-        found = torch.autograd.grad(losses[0], list(parameters.values()), allow_unused=True)
+        found = gradients_of(losses[0], parameters.values())
         gradients = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
         squares = [_squared_norm([g for name, g in gradients.items() if name in group], losses) for group in together]
         norms.append(torch.stack(squares).sum().sqrt())

@@ -1,38 +1,18 @@
 """What `memory-test inspect` takes. No torch, so that ``--help`` answers at once."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from dit_dp import validate
-from dit_dp.errors import UsageError
-from memory_test.core.config import ExperimentConfig
+from memory_test.core.model_args import ModelArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectArgs:
+class InspectArgs(ModelArgs):
     """Show a model's modules, its trainable parameters and which method supports which layer."""
 
     model: str = "DiT-XL/2"
     """DiT-{S,B,L,XL}/{2,4,8}; with --pretrained a hub name or a local folder; or module:callable of your own,
     which returns an nn.Module, or (nn.Module, inputs) with inputs a tuple or dict of example tensors."""
-    pretrained: bool = False
-    """Load diffusers' DiTTransformer2DModel and its weights from MODEL."""
-    image_size: int = 256
-    """Side of the image in pixels."""
-    patch_size: int | None = None
-    """Side of a patch; default: the one the model's name says."""
-    in_channels: int = 4
-    """4: VAE latents; 3: RGB pixels."""
-    latent_downsample: int | None = None
-    """Pixels per input position; default 8 with 4 channels, 1 with 3."""
-    num_classes: int = 1000
-    """Number of labels, without the null label."""
-    hidden_size: int | None = None
-    """Width, if not the named model's."""
-    depth: int | None = None
-    """Number of blocks, if not the named model's."""
-    num_heads: int | None = None
-    """Attention heads, if not the named model's."""
     max_depth: int = 3
     """Levels of the printed module tree; the JSON document always holds all of them."""
     json: bool = False
@@ -40,39 +20,4 @@ class InspectArgs:
 
     def __post_init__(self) -> None:
         validate.integer("max_depth", self.max_depth, minimum=0)
-        if self.is_custom:
-            self._check_custom()
-            return
-        self.experiment()
-        if self.pretrained:
-            self._refuse(("hidden_size", "depth", "num_heads"), "the checkpoint")
-
-    @property
-    def is_custom(self) -> bool:
-        """Whether `model` is ``module:callable``."""
-        return ":" in self.model and not self.pretrained
-
-    def experiment(self) -> ExperimentConfig:
-        """Return the model's part as an experiment, which validates it.
-
-        Raises:
-            UsageError: Unknown model, or sizes that do not fit.
-        """
-        names = {field.name for field in fields(self)} & {field.name for field in fields(ExperimentConfig)}
-        return ExperimentConfig(experiment="vanilla", **{name: getattr(self, name) for name in names})
-
-    def _check_custom(self) -> None:
-        module, _, attribute = self.model.partition(":")
-        parts = [*module.split("."), *attribute.split(".")]
-        if not all(part.isidentifier() for part in parts):
-            raise UsageError.for_value("model", self.model, "module:callable, such as my_package.models:make_model")
-        kept = ("model", "pretrained", "max_depth", "json")
-        self._refuse([field.name for field in fields(self) if field.name not in kept], self.model)
-
-    def _refuse(self, names: Iterable[str], owner: str) -> None:
-        """Raise `UsageError` if one of these options was given, although somebody else decides it."""
-        defaults = {field.name: field.default for field in fields(self)}
-        for name in names:
-            if getattr(self, name) != defaults[name]:
-                fix = f"{owner} decides it; drop the option"
-                raise UsageError.for_value(name, getattr(self, name), "no value", fix)
+        self.check_model(kept=("max_depth", "json"))

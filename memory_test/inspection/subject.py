@@ -96,6 +96,18 @@ def _dit_inputs(sizes: Sizes) -> Inputs:
 
 
 def _build_custom(spec: str) -> Subject:
+    target = load_target(spec)
+    if isinstance(target, nn.Module):
+        return Subject(spec, target, None)
+    return _subject_of(spec, call_target(spec, target))
+
+
+def load_target(spec: str) -> Any:
+    """Import what ``module:callable`` names.
+
+    Raises:
+        UsageError: There is no such module or attribute, or importing it raised.
+    """
     module_name, _, path = spec.partition(":")
     try:
         with users_code(f"model: importing {module_name!r}"):
@@ -106,17 +118,22 @@ def _build_custom(spec: str) -> Subject:
         hint = f"; install it, or set PYTHONPATH to the folder that holds {module_name.partition('.')[0]}"
         raise UsageError(f"{error}{hint if missing else ''}") from cause
     try:
-        target = reduce(getattr, path.split("."), module)
+        return reduce(getattr, path.split("."), module)
     except AttributeError as error:
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise UsageError.for_value("model", spec, names or "a module with a callable") from error
-    if isinstance(target, nn.Module):
-        return Subject(spec, target, None)
+
+
+def call_target(spec: str, target: Any) -> Any:
+    """Return what the user's callable makes.
+
+    Raises:
+        UsageError: It is no callable, or it raised.
+    """
     if not callable(target):
         raise UsageError.for_value("model", spec, "a callable that returns an nn.Module")
     with users_code(f"model: {spec}()"):
-        made = target()
-    return _subject_of(spec, made)
+        return target()
 
 
 def _subject_of(spec: str, made: Any) -> Subject:
