@@ -36,7 +36,6 @@ class AutoEngine(LeanEngine):
         memory_budget: Bytes that a step may reach at its peak, parameters, gradients and optimizer state included;
             default: what is held now and 90 % of what is free.
         optimizer_bytes: Optimizer state, bytes per parameter; Adam has 8, plain SGD 0.
-        plan: Follow this one instead, whatever the budget.
 
     Units of later batches are taken in parts no larger than planned. The peak is predicted from storages: temporaries
     inside an operation are not seen (on CPU and CUDA below 1 % of a step for transformers).
@@ -54,12 +53,11 @@ class AutoEngine(LeanEngine):
         on_phase: Callable[[str], None] | None = None,
         memory_budget: int | None = None,
         optimizer_bytes: int = ADAM_BYTES,
-        plan: Plan | None = None,
     ) -> None:
         if memory_budget is not None:
             validate.integer("memory_budget", memory_budget, fix="give bytes")
         validate.integer("optimizer_bytes", optimizer_bytes, minimum=0)
-        self.memory_budget, self.optimizer_bytes, self.given_plan = memory_budget, optimizer_bytes, plan
+        self.memory_budget, self.optimizer_bytes = memory_budget, optimizer_bytes
         super().__init__(model, max_grad_norm=max_grad_norm, on_phase=on_phase)
 
     def _attach(self) -> None:
@@ -103,17 +101,22 @@ class AutoEngine(LeanEngine):
             return plan
         if plan is not None:
             self._try(loss_fn, batch, units)
-        self._plan = self.given_plan or self._make_plan(batch, units)
-        self._planned, self._split = rows, self._plan.physical_batch < units.num_units
-        for index, block in enumerate(self.blocks):
-            block.booked = index < self._plan.booked
-            block.stored = index >= len(self.blocks) - self._plan.stored
-        return self._plan
+        plan = self._make_plan(batch, units)
+        self._planned, self._split = rows, plan.physical_batch < units.num_units
+        self.follow(plan)
+        return plan
 
     @property
     def plan(self) -> Plan | None:
         """What is followed; `None` before the first step."""
         return self._plan
+
+    def follow(self, plan: Plan) -> None:
+        """Take another plan for batches like the last, between steps: for comparisons."""
+        self._plan = plan
+        for index, block in enumerate(self.blocks):
+            block.booked = index < plan.booked
+            block.stored = index >= len(self.blocks) - plan.stored
 
     def known(self, batch: Batch, units: Units) -> Step:
         """Return what plans for a batch are made from, after a step."""

@@ -199,13 +199,14 @@ class Curve:
                 if begin < life.born <= end < (life.dies or trial.end) and index not in borders
             ]
             size = sum(self._bytes[index] for index in inside)
+            edge = sum(self._bytes[index] for index in trial.inputs.get(name, ()))  # inputs; outputs are about as large
+            last = max((call.instant for call in trial.weights if call.name.startswith(f"{name}.")), default=start)
             if position < len(seen) - stored:
                 delta[end] -= size
-                delta[start] += size
+                delta[start] += size + edge
+                delta[last] -= edge
             if position >= booked:
-                edge = sum(self._bytes[index] for index in trial.inputs.get(name, ()))
                 delta[start] += edge
-                last = max((call.instant for call in trial.weights if call.name.startswith(f"{name}.")), default=start)
                 revisited[name] = (size + self._excess(start, last), 2 * edge)
         return revisited
 

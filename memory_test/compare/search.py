@@ -1,15 +1,16 @@
 """How far from the best is what `auto` chooses: every plan for a small model, timed in turns in one process.
 
-A plan is a rule (``keep``, ``ghost``, ``direct``) for every shape of weight and a physical batch. Times are CPU times
-of the one thread, so that what else the machine does counts little; rounds are rotated and ratios paired.
+A plan is a rule (``keep``, ``ghost``, ``direct``) for every shape of weight that takes 2 % of the operations or more,
+and a physical batch; smaller weights follow `auto`. Times are CPU times of the one thread, so that what else the
+machine does counts little; rounds are rotated and ratios paired.
 """
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from memory_test.core.config import ExperimentConfig
 from memory_test.core.workload import build_data, build_model, loss_function
 
 ROUNDS = 9
+LARGE = 0.02
 FINALISTS = 12
 """Plans that are timed to the end; the others drop out after the first rounds."""
 
@@ -61,48 +63,43 @@ class _Subject:
         self.loss_fn = loss_function(data, "float32")
         self.units = Units(config.batch_size, config.batch_size)
 
-    def attach(self, **settings: Any) -> AutoEngine:
-        """Return an engine that has taken a step."""
-        engine = attach(self.model, "auto", 1.0, **settings)
+    def attach(self, budget: int | None) -> AutoEngine:
+        """Return an engine that has taken a step, and so has a plan."""
+        engine = attach(self.model, "auto", 1.0, memory_budget=budget)
         assert isinstance(engine, AutoEngine)
         engine.accumulate(self.loss_fn, self.batch)
         engine.zero_grad()
         return engine
 
-    def chosen(self, budget: int | None) -> tuple[Plan, Step]:
-        """Return `auto`'s plan and what it was made from."""
-        engine = self.attach(memory_budget=budget)
-        plan, step = engine.plan, engine.known(self.batch, self.units)
-        engine.detach()
-        assert plan is not None
-        return plan, step
-
-    def seconds(self, plan: Plan) -> float:
+    def seconds(self, engine: AutoEngine, plan: Plan) -> float:
         """Return the CPU time of one clipped sum by a plan."""
-        engine = self.attach(plan=plan)
+        engine.follow(plan)
         start = time.thread_time()
         engine.accumulate(self.loss_fn, self.batch)
         seconds = time.thread_time() - start
-        engine.detach()
+        engine.zero_grad()
         return seconds
 
 
-def all_plans(step: Step) -> Iterator[Plan]:
-    """Yield every plan that stores and books all blocks: a rule for each shape, and every even physical batch."""
+def all_plans(step: Step, chosen: Plan) -> Iterator[Plan]:
+    """Yield every plan that stores and books all blocks: a rule for each large shape, and every even physical batch."""
     batches = sorted({-(-step.num_units // parts) for parts in range(1, step.num_units + 1)})
     for batch in batches:
         curve = Curve(step, batch)
         shapes: dict[tuple[int, int, int], list[str]] = {}
         for name, call in curve.weights.items():
             shapes.setdefault((call.positions, call.width, call.out_width), []).append(name)
+        work = {shape: math.prod(shape) * len(names) for shape, names in shapes.items()}
+        shapes = {shape: names for shape, names in shapes.items() if work[shape] >= LARGE * sum(work.values())}
+        large = {name for names in shapes.values() for name in names}
         for rules in itertools.product(("keep", "ghost", "direct"), repeat=len(shapes)):
-            norms, keep = {}, []
+            norms, keep = dict(chosen.norms), list(chosen.keep - large)
             for rule, names in zip(rules, shapes.values(), strict=True):
                 keep += names if rule == "keep" else []
                 norms.update(dict.fromkeys(names, "ghost" if rule == "ghost" else "direct"))
             count = len(step.blocks)
             peak = curve.peak(keep, count, count)
-            yield Plan(batch, frozenset(keep), norms, count, count, peak)  # type: ignore[arg-type]
+            yield Plan(batch, frozenset(keep), norms, count, count, peak)
 
 
 def search(config: ExperimentConfig, budget_ratios: tuple[float | None, ...]) -> list[Found]:
@@ -113,25 +110,29 @@ def search(config: ExperimentConfig, budget_ratios: tuple[float | None, ...]) ->
         budget_ratios: Budgets over the peak of the plan that `auto` makes without one; `None`: no budget.
     """
     subject = _Subject(config)
-    free, step = subject.chosen(None)
-    plans = list(all_plans(step))
-    found = []
+    engine = subject.attach(None)
+    step = engine.known(subject.batch, subject.units)
+    assert engine.plan is not None
+    free, plans, found = engine.plan, list(all_plans(step, engine.plan)), []
     for ratio in budget_ratios:
+        engine.detach()
         budget = None if ratio is None else int(ratio * free.peak_bytes)
-        chosen, _ = subject.chosen(budget)
+        engine = subject.attach(budget)
         within = [plan for plan in plans if budget is None or plan.peak_bytes <= budget]
-        found.append(_compare(subject, chosen, within, ratio))
+        found.append(_compare(subject, engine, within, ratio))
     return found
 
 
-def _compare(subject: _Subject, chosen: Plan, plans: list[Plan], ratio: float | None) -> Found:
+def _compare(subject: _Subject, engine: AutoEngine, plans: list[Plan], ratio: float | None) -> Found:
     """Narrow the plans down to the fastest few, then time those and the chosen one in turns."""
-    first = {index: min(subject.seconds(plan) for _ in range(2)) for index, plan in enumerate(plans)}
+    assert engine.plan is not None
+    chosen = engine.plan
+    first = {index: min(subject.seconds(engine, plan) for _ in range(2)) for index, plan in enumerate(plans)}
     finalists = [chosen, *(plans[index] for index in sorted(first, key=first.__getitem__)[:FINALISTS])]
     times: list[list[float]] = [[] for _ in finalists]
     for turn in range(ROUNDS):
         for index in (*range(turn % len(finalists), len(finalists)), *range(turn % len(finalists))):
-            times[index].append(subject.seconds(finalists[index]))
+            times[index].append(subject.seconds(engine, finalists[index]))
     best = min(range(len(finalists)), key=lambda index: statistics.median(times[index]))
     return Found(
         budget_ratio=ratio,
