@@ -112,7 +112,7 @@ METHODS: dict[str, Method] = {
 
 def attach(
     model: "nn.Module",
-    method: str = "ghost",
+    method: str = "auto",
     max_grad_norm: float = 1.0,
     on_phase: "Callable[[str], None] | None" = None,
     **performance: Any,
