@@ -22,14 +22,21 @@ DARK = {INK: "#e8ebef", MUTED: "#a3adb8", GRID: "#363d46", BAND: "#20252c", SURF
 
 _METHOD_COLORS = {
     "vanilla": "#7d8692",
-    "ghost": "#2f72d6",
+    "auto": "#2f72d6",
+    "bookkeeping": "#4aa8d8",
+    "flash_clip_bk": "#3d8f9e",
+    "ghost": "#7a68cf",
+    "flash_clip": "#a48fdc",
+    "lean": "#7d9a2c",
+    "per_layer": "#a5713a",
+    "microbatch": "#c94a67",
     "opacus": "#d55e00",
     "opacus-functorch": "#e0a019",
     "opacus-ew": "#bb5fae",
     "opacus-ghost": "#159a78",
 }
-_MORE_COLORS = ("#4aa8d8", "#c94a67", "#7a68cf", "#7d9a2c", "#a5713a", "#3d8f9e")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p", "h", "<", ">", "*")
+_MORE_COLORS = ("#8c5a9e", "#5c7f4a", "#b5835a", "#4f6d8f")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p", "h", "<", ">", "*", "d", "8")
 
 CATEGORY_COLORS = dict(
     zip(
@@ -124,7 +131,7 @@ def method_marker(experiment: str) -> str:
     """Return the marker of a method: colour is never the only difference."""
     known = list(_METHOD_COLORS)
     if experiment in known:
-        return _MARKERS[known.index(experiment)]
+        return _MARKERS[known.index(experiment) % len(_MARKERS)]
     return _MARKERS[(len(known) + _place(experiment)) % len(_MARKERS)]
 
 

@@ -133,8 +133,9 @@ def right_labels(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> N
             "color": color,
             "linewidth": 0.8,
             "alpha": 0.6,
-            "shrinkA": 0,
+            "shrinkA": 2,
             "shrinkB": 5,
+            "relpos": (0.0, 0.5),  # from the label's left edge, or leaders cross other labels
         }
         style: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "fontsize": 11}
         axes.annotate(label, (x, y), (1.03, place), arrowprops=leader, annotation_clip=False, **style)
