@@ -56,6 +56,7 @@ class LeanEngine(BookkeepingEngine):
         super().__init__(model, max_grad_norm=max_grad_norm, on_phase=on_phase)
 
     def _attach(self) -> None:
+        self.num_received = 0
         self._inside: Block | None = None
         self._calls_to_revisit: list[BlockCall] = []
         self._kept: set[nn.Parameter] = set()
@@ -103,6 +104,7 @@ class LeanEngine(BookkeepingEngine):
 
     def receive(self, parameter: nn.Parameter, part: Contribution) -> None:
         """Take one contribution; on a second visit, add it unless it was booked on the first."""
+        self.num_received += 1
         books = self._inside is None or self._inside.booked or _is_small(part)
         if self._factors is None:
             self._booked.setdefault(parameter, []).append(books)
