@@ -215,6 +215,9 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the outermost chains' members: elements of an `nn.ModuleList` or `nn.Sequential` that have layers inside.
 
     A chain has two or more such elements with trainable parameters; blocks do not lie within blocks.
+
+    Raises:
+        UnsupportedModelError: A member was compiled in place, around its forward: recomputation would miss that.
     """
     found: list[str] = []
     for name, module in model.named_modules():
@@ -226,6 +229,12 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         members = [(path, child) for path, child in members if _is_block(child)]
         if len(members) >= 2:
             found += [path for path, _ in members]
+            for path, child in members:
+                if child._compiled_call_impl is not None:
+                    raise UnsupportedModelError(
+                        f"model: block {path} was compiled in place, which recomputation would undo; put "
+                        f"torch.compile(block) in its place, or compile the whole model, which leaves blocks as written"
+                    )
             yield from members
 
 

@@ -62,10 +62,10 @@ class LeanEngine(BookkeepingEngine):
         self._kept: set[nn.Parameter] = set()
         self._booked: dict[nn.Parameter, list[bool]] = {}
         self._trials: tuple[Trial, ...] = ()
+        self.blocks = [Block(name, module) for name, module in find_blocks(self.model)]
         super()._attach()
         first = next(iter(self.model_parameters.values()))
         self.anchor = torch.zeros((), device=first.device, requires_grad=True)
-        self.blocks = [Block(name, module) for name, module in find_blocks(self.model)]
         if self.blocks:
             self.blocks[0].booked = self.blocks[-1].stored = True
         for block in self.blocks:

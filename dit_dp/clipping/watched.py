@@ -130,8 +130,7 @@ class WatchedEngine(Engine):
         if self._tried:
             return self._take(loss_fn, batch, units)
         try:
-            with uncompiled():
-                self._try(loss_fn, batch, units)
+            self._try(loss_fn, batch, units)
         except CoupledExamplesError:
             raise
         except (UsageError, RuntimeError, IndexError) as error:
@@ -158,12 +157,15 @@ class WatchedEngine(Engine):
         """Refuse, once, a model whose units do not keep apart."""
         if units.num_units > 1:
             self._run_trial(loss_fn, batch, units, 2, alone=True)
-            Prober(self._names, self._report_to).compare(self.model, loss_fn, batch, units)
+            with uncompiled():
+                Prober(self._names, self._report_to).compare(self.model, loss_fn, batch, units)
 
     def _run_trial(self, loss_fn: LossFn, batch: Batch, units: Units, count: int, *, alone: bool = False) -> Trial:
         """Take the first units through forward and backward and return what was seen."""
         _, self._units = units.take(batch, 0, count)
-        trial = Prober(self._names, self._report_to).run(self.model, loss_fn, batch, units, count, alone=alone)
+        prober = Prober(self._names, self._report_to)
+        with uncompiled():
+            trial = prober.run(self.model, loss_fn, batch, units, count, alone=alone)
         self._forget()
         return trial
 
