@@ -7,7 +7,7 @@ what it reads from outside (a closure, another module's output kept as an attrib
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,6 +36,11 @@ class Block:
     stored: bool = False
     booked: bool = False
     forward: Callable[..., Any] | None = None
+
+    @property
+    def as_written(self) -> bool:
+        """Whether it runs as without an engine: its graph is kept, and so is what the clipped sum needs."""
+        return self.stored and self.booked
 
 
 class Owner(Protocol):
@@ -191,7 +196,7 @@ def install(block: Block, owner: Owner) -> None:
         if watch is not None:
             with watch:
                 return block.forward(*args, **kwargs)
-        if block.stored and block.booked:
+        if block.as_written:
             return block.forward(*args, **kwargs)
         call = BlockCall(block, owner, leaves, spec)
         outputs = _Recomputed.apply(call, owner.anchor, *leaves)  # type: ignore[no-untyped-call]
@@ -200,6 +205,33 @@ def install(block: Block, owner: Owner) -> None:
 
     block.forward = block.module.forward
     block.module.forward = types.MethodType(outside_graphs(forward), block.module)
+
+
+def stand_in(blocks: Sequence[Block], owner: Owner, *, everywhere: bool) -> None:
+    """Install what stands in for blocks' forwards, `everywhere` or where a block is recomputed; uninstall the rest.
+
+    A block without stays open to `torch.compile`.
+    """
+    for block in blocks:
+        if everywhere or not block.as_written:
+            if block.forward is None:
+                install(block, owner)
+        elif block.forward is not None:
+            uninstall(block)
+
+
+def refuse_compiled_in_place(blocks: Iterable[Block]) -> None:
+    """Refuse to recompute a block that was compiled around its forward: recomputation would run it as written.
+
+    Raises:
+        UnsupportedModelError: There is one; says how to compile it instead.
+    """
+    for block in blocks:
+        if not block.as_written and block.module._compiled_call_impl is not None:
+            raise UnsupportedModelError(
+                f"model: block {block.name} was compiled in place, which recomputation would undo; put "
+                f"torch.compile(block) in its place, or compile the whole model, which leaves it as written"
+            )
 
 
 def uninstall(block: Block) -> None:
@@ -215,9 +247,6 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the outermost chains' members: elements of an `nn.ModuleList` or `nn.Sequential` that have layers inside.
 
     A chain has two or more such elements with trainable parameters; blocks do not lie within blocks.
-
-    Raises:
-        UnsupportedModelError: A member was compiled in place, around its forward: recomputation would miss that.
     """
     found: list[str] = []
     for name, module in model.named_modules():
@@ -229,12 +258,6 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         members = [(path, child) for path, child in members if _is_block(child)]
         if len(members) >= 2:
             found += [path for path, _ in members]
-            for path, child in members:
-                if child._compiled_call_impl is not None:
-                    raise UnsupportedModelError(
-                        f"model: block {path} was compiled in place, which recomputation would undo; put "
-                        f"torch.compile(block) in its place, or compile the whole model, which leaves blocks as written"
-                    )
             yield from members
 
 

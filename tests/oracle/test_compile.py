@@ -82,7 +82,7 @@ def dit_case() -> Case:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=[form.__name__ for form in FORMS])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.full), "aot_eager"])
 @pytest.mark.parametrize("method", OURS)
 def test_compiled_before_attach(method: str, backend: str, form: Callable[[nn.Module, str], nn.Module]) -> None:
     model = form(tiny_dit(), backend)
