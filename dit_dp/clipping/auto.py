@@ -66,6 +66,8 @@ class AutoEngine(LeanEngine):
         self._planned: object = None
         self._split = False
         self._budget = 0
+
+    def _choose_blocks(self) -> None:
         for block in self.blocks:
             block.stored = block.booked = True
 

@@ -7,13 +7,16 @@ what it reads from outside (a closure, another module's output kept as an attrib
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from dit_dp.clipping.compiled import outside_graphs
+from dit_dp.errors import UnsupportedModelError
 
 
 @dataclass
@@ -34,11 +37,17 @@ class Block:
     booked: bool = False
     forward: Callable[..., Any] | None = None
 
+    @property
+    def as_written(self) -> bool:
+        """Whether it runs as without an engine: its graph is kept, and so is what the clipped sum needs."""
+        return self.stored and self.booked
+
 
 class Owner(Protocol):
-    """What an engine offers to its blocks."""
+    """What an engine offers to its blocks: a scalar that needs a gradient, and how many contributions it got so far."""
 
     anchor: Tensor
+    num_received: int
 
     def inside(self, block: Block) -> contextlib.AbstractContextManager[None]:
         """Say that layers called or back-propagated meanwhile belong to a block."""
@@ -59,6 +68,7 @@ class BlockCall:
         self.differentiable = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
         self.gradients: tuple[Tensor | None, ...] = ()
         self.out_spec: TreeSpec | None = None
+        self._num_received = 0
         self._devices = sorted(
             {leaf.device for leaf in self.leaves if isinstance(leaf, Tensor) and leaf.is_cuda}, key=str
         )
@@ -104,8 +114,11 @@ class BlockCall:
         Args:
             part: Takes those units' share of a tensor whose first dimension is rows or units.
             sliced: Which of the inputs are such tensors; all gradients are.
+
+        Raises:
+            UnsupportedModelError: Other layers were differentiated than the first time.
         """
-        whole = self.leaves
+        whole, before = self.leaves, self.owner.num_received
         with self.owner.inside(self.block):
             try:
                 self.leaves = [part(leaf) if cut else leaf for leaf, cut in zip(whole, sliced, strict=True)]
@@ -113,6 +126,18 @@ class BlockCall:
             finally:
                 self.leaves = whole
             _backward(outputs, tuple(None if g is None else part(g) for g in self.gradients))
+        if self.owner.num_received - before != self._num_received:
+            raise UnsupportedModelError(
+                f"model: block {self.block.name} differentiates other layers when its inputs need no gradient, as "
+                f"reentrant checkpointing inside it does; drop that, since lean recomputes the block anyway, or "
+                f"checkpoint with use_reentrant=False"
+            )
+
+    def differentiate(self, graph: tuple[list[Any], list[Any]], gradients: tuple[Tensor | None, ...]) -> None:
+        """Walk its backward the first time, for the parameters and the inputs."""
+        before = self.owner.num_received
+        _backward(graph[1], gradients)
+        self.gradients, self._num_received = gradients, self.owner.num_received - before
 
 
 def _backward(outputs: list[Any], gradients: tuple[Tensor | None, ...]) -> None:
@@ -149,11 +174,11 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         call: BlockCall = ctx.call
         with call.owner.inside(call.block):
-            inputs, outputs = ctx.graph or call.run_again(with_inputs=True)
+            graph = ctx.graph or call.run_again(with_inputs=True)
             ctx.graph = None
-            _backward(outputs, gradients)
-        del outputs
-        call.gradients = gradients
+            call.differentiate(graph, gradients)
+        inputs = graph[0]
+        del graph
         if not call.block.booked:
             call.owner.revisit(call)
         return None, None, *[leaf.grad if isinstance(leaf, Tensor) else None for leaf in inputs]
@@ -171,7 +196,7 @@ def install(block: Block, owner: Owner) -> None:
         if watch is not None:
             with watch:
                 return block.forward(*args, **kwargs)
-        if block.stored and block.booked:
+        if block.as_written:
             return block.forward(*args, **kwargs)
         call = BlockCall(block, owner, leaves, spec)
         outputs = _Recomputed.apply(call, owner.anchor, *leaves)  # type: ignore[no-untyped-call]
@@ -179,14 +204,41 @@ def install(block: Block, owner: Owner) -> None:
         return tree_unflatten(list(outputs), call.out_spec)
 
     block.forward = block.module.forward
-    block.module.forward = types.MethodType(forward, block.module)
+    block.module.forward = types.MethodType(outside_graphs(forward), block.module)
+
+
+def stand_in(blocks: Sequence[Block], owner: Owner, *, everywhere: bool) -> None:
+    """Install what stands in for blocks' forwards, `everywhere` or where a block is recomputed; uninstall the rest.
+
+    A block without stays open to `torch.compile`.
+    """
+    for block in blocks:
+        if everywhere or not block.as_written:
+            if block.forward is None:
+                install(block, owner)
+        elif block.forward is not None:
+            uninstall(block)
+
+
+def refuse_compiled_in_place(blocks: Iterable[Block]) -> None:
+    """Refuse to recompute a block that was compiled around its forward: recomputation would run it as written.
+
+    Raises:
+        UnsupportedModelError: There is one; says how to compile it instead.
+    """
+    for block in blocks:
+        if not block.as_written and block.module._compiled_call_impl is not None:
+            raise UnsupportedModelError(
+                f"model: block {block.name} was compiled in place, which recomputation would undo; put "
+                f"torch.compile(block) in its place, or compile the whole model, which leaves it as written"
+            )
 
 
 def uninstall(block: Block) -> None:
     """Give a module its own forward back."""
     assert block.forward is not None
     del block.module.forward
-    if block.forward.__func__ is not type(block.module).forward:  # type: ignore[attr-defined]
+    if getattr(block.forward, "__func__", None) is not type(block.module).forward:  # compiled, or patched by others
         block.module.forward = block.forward
     block.forward = None
 

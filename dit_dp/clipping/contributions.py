@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dit_dp.clipping.launch import sums_by_kernel, weighted_sum
 from dit_dp.clipping.units import Units
 
 BLOCK_ROWS, MIN_BLOCK = 8, 32
@@ -89,8 +90,12 @@ class Outer:
 
         The weights are applied in float32, also to bf16 operands: rounding ``c_i a_i`` to bf16 would let a
         contribution exceed C by up to 2^-8 |g_i| |a_i|, which cancellation over positions can make far more than 2^-8.
+        On CUDA a kernel weighs each example's product in registers; elsewhere bf16 operands are copied to float32.
         """
         a, g = self.a, self.g
+        if (grad is None or grad.dtype == torch.float32) and sums_by_kernel(a, g):
+            flat = None if grad is None else grad.view(g.shape[2], -1)
+            return weighted_sum(a, g, factors, flat).view(shape)
         if keep is not None:
             a, g = torch.where(keep[:, None, None], a, 0), torch.where(keep[:, None, None], g, 0)
         a, g = float32(a), float32(g)

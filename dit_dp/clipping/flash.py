@@ -14,6 +14,7 @@ from dit_dp.clipping.bookkeeping import BookkeepingEngine
 from dit_dp.clipping.contributions import Contribution, Outer, joined
 from dit_dp.clipping.engine import LayerRule
 from dit_dp.clipping.ghost import GhostEngine
+from dit_dp.clipping.launch import runs_kernels
 from dit_dp.clipping.watched import WatchedEngine
 
 _REASONS = {
@@ -36,7 +37,7 @@ class _TileByTile(WatchedEngine):
         rule = tiled.norm_rule(positions, width, whole.g.shape[2])
         self._rules_used[self._names[parameter]] = rule
         if rule != "outer product":
-            self._norm_kernels.add("triton" if tiled.runs_kernels(whole.a) else "torch")
+            self._norm_kernels.add("triton" if runs_kernels(whole.a) else "torch")
         return tiled.squared_norms(whole.a, whole.g)
 
     @classmethod

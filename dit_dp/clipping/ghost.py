@@ -35,9 +35,7 @@ class GhostEngine(WatchedEngine):
     """
 
     method: ClassVar[str] = "ghost"
-
-    def _take_norms(self, losses: Tensor, *, retain_graph: bool = True) -> None:
-        super()._take_norms(losses, retain_graph=retain_graph)
+    walks_twice: ClassVar[bool] = True
 
     def _sum(self, losses: Tensor) -> None:
         torch.autograd.backward(losses, torch.ones_like(losses))

@@ -1,8 +1,9 @@
-"""Triton kernels of per-example gradient norms. Imported only where they run: on a CPU triton is no dependency.
+"""Triton kernels: per-example gradient norms, clipped sums. Imported only where they run: a CPU needs no triton.
 
-Shapes: N examples, T positions, d inputs, p outputs. A program takes one tile of one example's products, squares or
-multiplies it while it is in registers, and writes one number. There are no atomics, so a launch is deterministic;
-`tiled.squared_norms` adds up the numbers.
+Shapes: N examples, T positions, d inputs, p outputs. A norm's program takes one tile of one example's products, squares
+or multiplies it while it is in registers, and writes one number; `tiled.squared_norms` adds up the numbers. A sum's
+program takes one tile of the weight and weighs one example's product after the other. There are no atomics, so a
+launch is deterministic.
 
 What is tuned is the depth of the pipeline alone: it decides when operands are fetched, not what is computed. Tiles
 and warps, which decide the order of additions, follow from shapes and dtype. So runs whose timings differ agree.
@@ -147,6 +148,59 @@ def direct_kernel(  # type: ignore[no-untyped-def]
     tl.store(partial + program, tl.sum(tl.sum(gradient * gradient, 1), 0))
 
 
+@triton.jit
+def weighted_sum_kernel(  # type: ignore[no-untyped-def]
+    a,
+    a_example,
+    a_position,
+    a_feature,
+    g,
+    g_example,
+    g_position,
+    g_feature,
+    factors,
+    out,
+    examples,
+    examples_a_split,
+    positions,
+    width,
+    out_width,
+    ADD: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Write one (TILE, TILE) tile of ``sum_i c_i g_i^T a_i`` over a group of examples, or add it to what is there.
+
+    An example's product is complete before it is weighed: weighing an operand would round it. A dropped example,
+    whose factor is 0, is a product over no position, so that 0 times infinity does not arise.
+    """
+    across = tl.cdiv(width, TILE)
+    tiles = tl.cdiv(out_width, TILE) * across
+    program = tl.program_id(0)
+    split = program // tiles
+    row = program % tiles // across * TILE
+    column = program % tiles % across * TILE
+    first = split * examples_a_split
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for example in range(first, min(first + examples_a_split, examples)):
+        factor = tl.load(factors + example)
+        offset = tl.cast(example, tl.int64)
+        product = _product(
+            g + offset * g_example, g_feature, g_position, out_width,
+            a + offset * a_example, a_feature, a_position, width, tl.where(factor == 0, 0, positions),
+            row, column, TILE, BLOCK, UPCAST,
+        )  # fmt: skip
+        total += factor * product
+    rows = row + tl.arange(0, TILE)
+    columns = column + tl.arange(0, TILE)
+    place = (split.to(tl.int64) * out_width + rows[:, None]) * width + columns[None, :]
+    inside = (rows < out_width)[:, None] & (columns < width)[None, :]
+    if ADD:
+        total += tl.load(out + place, mask=inside, other=0.0)
+    tl.store(out + place, total, mask=inside)
+
+
 def gram_partials(a: Tensor, g: Tensor, partial: Tensor, tile: int) -> None:
     """Fill `partial` with addends of ``sum((a_i a_i^T) * (g_i g_i^T))``.
 
@@ -164,11 +218,38 @@ def direct_partials(a: Tensor, g: Tensor, partial: Tensor, tile: int) -> None:
     _launch(_DIRECT, a, g, partial, tile, inner=a.shape[1])
 
 
+def weighted_sums(a: Tensor, g: Tensor, factors: Tensor, out: Tensor, add: bool, tile: int) -> None:
+    """Write or add ``sum_i c_i g_i^T a_i`` over equal groups of examples.
+
+    Not tuned: the tuner runs a launch several times, and this one may add to its output.
+
+    Args:
+        a: (N, T, d) inputs, bf16 or float16, any strides.
+        g: (N, T, p) output gradients of the same dtype.
+        factors: (N,) float32, contiguous.
+        out: (S, p, d) float32, contiguous.
+        add: Add to `out` instead of writing over it.
+        tile: Side of a tile of (p, d), a power of two >= 16.
+    """
+    examples, splits = a.shape[0], out.shape[0]
+    sizes = (examples, -(-examples // splits), a.shape[1], a.shape[2], g.shape[2])
+    programs = splits * -(-g.shape[2] // tile) * -(-a.shape[2] // tile)
+    constants = {"ADD": add, "TILE": tile, **_fetched(a, inner=a.shape[1])}
+    with torch.cuda.device_of(a):  # type: ignore[no-untyped-call]
+        weighted_sum_kernel[(programs,)](
+            a, *a.stride(), g, *g.stride(), factors, out, *sizes, **constants, num_warps=num_warps(tile), num_stages=3
+        )
+
+
+def _fetched(a: Tensor, inner: int) -> dict[str, int | bool]:
+    """Return how operands are fetched. Triton's interpreter holds bf16 as integers and would multiply those."""
+    return {"BLOCK": block(inner, a.dtype), "UPCAST": INTERPRETED and a.dtype == torch.bfloat16}
+
+
 def _launch(kernels: dict[int, Any], a: Tensor, g: Tensor, partial: Tensor, tile: int, inner: int) -> None:
     """Run one program for every entry of `partial`."""
     sizes = (a.shape[1], a.shape[2], g.shape[2])
-    # Triton's interpreter holds bf16 as integers and would multiply those.
-    constants = {"TILE": tile, "BLOCK": block(inner, a.dtype), "UPCAST": INTERPRETED and a.dtype == torch.bfloat16}
+    constants = {"TILE": tile, **_fetched(a, inner)}
     with torch.cuda.device_of(a):  # type: ignore[no-untyped-call]
         kernels[num_warps(tile)][(partial.numel(),)](a, *a.stride(), g, *g.stride(), partial, *sizes, **constants)
 

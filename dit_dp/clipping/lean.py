@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_dp.clipping.batch import Batch, LossFn
-from dit_dp.clipping.blocks import Block, BlockCall, find_blocks, install, uninstall
+from dit_dp.clipping.blocks import Block, BlockCall, find_blocks, refuse_compiled_in_place, stand_in, uninstall
 from dit_dp.clipping.bookkeeping import BookkeepingEngine, BookRule
 from dit_dp.clipping.contributions import Contribution, Direct, Outer
 from dit_dp.clipping.probe import Trial
@@ -56,23 +56,29 @@ class LeanEngine(BookkeepingEngine):
         super().__init__(model, max_grad_norm=max_grad_norm, on_phase=on_phase)
 
     def _attach(self) -> None:
+        self.num_received = 0
         self._inside: Block | None = None
         self._calls_to_revisit: list[BlockCall] = []
         self._kept: set[nn.Parameter] = set()
         self._booked: dict[nn.Parameter, list[bool]] = {}
         self._trials: tuple[Trial, ...] = ()
+        self.blocks = [Block(name, module) for name, module in find_blocks(self.model)]
+        self._choose_blocks()
+        refuse_compiled_in_place(self.blocks)
         super()._attach()
         first = next(iter(self.model_parameters.values()))
         self.anchor = torch.zeros((), device=first.device, requires_grad=True)
-        self.blocks = [Block(name, module) for name, module in find_blocks(self.model)]
+        stand_in(self.blocks, self, everywhere=False)
+
+    def _choose_blocks(self) -> None:
+        """Say which blocks keep their graph and which book their operands before anything is known of the batch."""
         if self.blocks:
             self.blocks[0].booked = self.blocks[-1].stored = True
-        for block in self.blocks:
-            install(block, self)
 
     def _detach(self) -> None:
         for block in reversed(self.blocks):
-            uninstall(block)
+            if block.forward is not None:
+                uninstall(block)
         super()._detach()
 
     # --- called by blocks -----------------------------------------------------------------------------------
@@ -95,14 +101,21 @@ class LeanEngine(BookkeepingEngine):
         self._calls_to_revisit.append(call)
 
     def _try(self, loss_fn: LossFn, batch: Batch, units: Units) -> None:
+        stand_in(self.blocks, self, everywhere=True)
         super()._try(loss_fn, batch, units)
         counts = range(1, min(2, units.num_units) + 1)
         self._trials = tuple(self._run_trial(loss_fn, batch, units, count) for count in counts)
+
+    def _take(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor | None:
+        refuse_compiled_in_place(self.blocks)
+        stand_in(self.blocks, self, everywhere=False)
+        return super()._take(loss_fn, batch, units)
 
     # --- norms and sums -------------------------------------------------------------------------------------
 
     def receive(self, parameter: nn.Parameter, part: Contribution) -> None:
         """Take one contribution; on a second visit, add it unless it was booked on the first."""
+        self.num_received += 1
         books = self._inside is None or self._inside.booked or _is_small(part)
         if self._factors is None:
             self._booked.setdefault(parameter, []).append(books)

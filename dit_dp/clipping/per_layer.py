@@ -27,6 +27,7 @@ class PerLayerEngine(GhostEngine):
     """
 
     method: ClassVar[str] = "per_layer"
+    walks_twice: ClassVar[bool] = False
 
     def _attach(self) -> None:
         self._waiting: dict[int, dict[nn.Parameter, list[Contribution]]] = {}
@@ -69,8 +70,8 @@ class PerLayerEngine(GhostEngine):
                 earlier = self._totals.get(parameter)
                 self._totals[parameter] = part.add_clipped(earlier, factors, parameter.shape, keep)
 
-    def _take_norms(self, losses: Tensor, *, retain_graph: bool = False) -> None:
-        super()._take_norms(losses, retain_graph=retain_graph)
+    def _take_norms(self, losses: Tensor) -> None:
+        super()._take_norms(losses)
         with torch.no_grad():
             while self._waiting:  # groups of which the loss uses only a part
                 self._clip(self._waiting.popitem()[1])

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dit_dp.clipping.compiled import outside_graphs, uncompiled
 from dit_dp.clipping.raw_operations import combine, mutates, tensors_in
 from dit_dp.clipping.reading import read
 from dit_dp.clipping.rules import Rule
@@ -60,7 +61,7 @@ class RawParameters(TorchFunctionMode):
         for module in model.modules():
             if module not in layers:
                 self._forwards.append((module, module.__dict__.get("forward")))
-                module.forward = types.MethodType(self._watched(module.forward), module)
+                module.forward = types.MethodType(outside_graphs(self._watched(module.forward)), module)
 
     def detach(self) -> None:
         """Put the forwards back."""
@@ -78,7 +79,7 @@ class RawParameters(TorchFunctionMode):
             return
         self._watching = True
         try:
-            with self:
+            with uncompiled(), self:  # compiled code would not show its operations
                 yield
         finally:
             self._watching = False

@@ -25,6 +25,7 @@ class Method:
         peer: Whether it is somebody else's implementation, measured for comparison.
         supports_checkpointing: Whether activation checkpointing leaves its gradients correct.
         supports_autocast: Whether it runs under bf16 autocast.
+        supports_compile: Whether `torch.compile` leaves its gradients correct.
         flat: Whether the norm that is clipped is that of the whole gradient; if not, results of two methods differ.
         owns_forward: Whether it must run the forward itself, so that `Engine.backward` is refused.
         takes_memory_budget: Whether `attach` accepts ``memory_budget``, the peak (bytes) that it plans for.
@@ -36,6 +37,7 @@ class Method:
     peer: bool = False
     supports_checkpointing: bool = True
     supports_autocast: bool = True
+    supports_compile: bool = True
     flat: bool = True
     owns_forward: bool = False
     takes_memory_budget: bool = False
@@ -100,6 +102,7 @@ METHODS: dict[str, Method] = {
         peer=True,
         supports_checkpointing=False,
         supports_autocast=False,
+        supports_compile=False,
     ),
     "opacus-ghost": Method(
         engine="dit_dp.clipping.opacus:OpacusGhostEngine",

@@ -11,14 +11,13 @@ example i is ``g_i^T a_i``, (p, d), and its squared norm is, whichever takes few
 On CUDA the tiles live in registers (`kernels`); elsewhere in a scratch that stays in a core's cache.
 """
 
-import os
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from dit_dp.clipping.contributions import HALF, Outer, OuterRule, float32
-from dit_dp.errors import UsageError
+from dit_dp.clipping.contributions import Outer, OuterRule, float32
+from dit_dp.clipping.launch import norm_partials, runs_kernels
 
 SCRATCH = 2**17
 """Numbers of scratch: 512 KiB in float32, half of a usual second-level cache."""
@@ -57,9 +56,6 @@ def squared_norms(a: Tensor, g: Tensor) -> Tensor:
     else:
         squares = gram_squares(a, g) if rule == "ghost" else direct_squares(a, g)
     return squares.clamp(min=0)  # a Gram sum of a zero gradient can round below zero
-
-
-# --- in torch -----------------------------------------------------------------------------------------------------
 
 
 def gram_squares(a: Tensor, g: Tensor) -> Tensor:
@@ -122,54 +118,3 @@ def _few_examples(a: Tensor, g: Tensor, together: int) -> Iterator[tuple[Tensor,
     for start in range(0, a.shape[0], together):
         chunk = slice(start, start + together)
         yield float32(a[chunk]), float32(g[chunk])
-
-
-# --- in Triton ----------------------------------------------------------------------------------------------------
-
-
-def runs_kernels(operand: Tensor) -> bool:
-    """Return whether norms of such operands are taken by the Triton kernels: on CUDA, or under its interpreter.
-
-    float64, which tests use, has no kernel; it takes the same maths in torch.
-    """
-    wanted = operand.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return wanted and operand.dtype in (torch.float32, *HALF)
-
-
-def kernel_tile(size: int, dtype: torch.dtype) -> int:
-    """Return the side of a kernel's tile: 128 for half precision, else 64, less for a smaller matrix.
-
-    A program of tile t reads 2 t numbers an inner product of 2 t^2 operations: t / 2 FLOPs a byte of bf16.
-    """
-    return min(64 if dtype == torch.float32 else 128, max(16, 1 << (size - 1).bit_length()))
-
-
-def _grid(a: Tensor, g: Tensor, gram: bool) -> tuple[int, int]:
-    """Return (tile, programs an example)."""
-    if gram:
-        tile = kernel_tile(a.shape[1], a.dtype)
-        tiles = -(-a.shape[1] // tile)
-        return tile, tiles * (tiles + 1) // 2
-    tile = kernel_tile(max(a.shape[2], g.shape[2]), a.dtype)
-    return tile, -(-a.shape[2] // tile) * -(-g.shape[2] // tile)
-
-
-@torch.library.custom_op("dit_dp::norm_partials", mutates_args=())
-def norm_partials(a: Tensor, g: Tensor, gram: bool) -> Tensor:
-    """Return (N, programs an example) float32 addends of the squared norms, by `gram_kernel` or `direct_kernel`.
-
-    An operator, so that a prediction under FakeTensorMode and torch.compile see its result and need no triton.
-    """
-    try:
-        from dit_dp.clipping import kernels
-    except ModuleNotFoundError as error:
-        raise UsageError("method: flash_clip needs triton on CUDA; pip install triton, or use bookkeeping") from error
-    tile, programs = _grid(a, g, gram)
-    partial = a.new_empty(a.shape[0], programs, dtype=torch.float32)
-    (kernels.gram_partials if gram else kernels.direct_partials)(a, g, partial, tile)
-    return partial
-
-
-@norm_partials.register_fake
-def _(a: Tensor, g: Tensor, gram: bool) -> Tensor:
-    return a.new_empty(a.shape[0], _grid(a, g, gram)[1], dtype=torch.float32)

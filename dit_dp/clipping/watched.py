@@ -6,15 +6,17 @@ the batch's summed loss is ever formed. The engine takes norms from what it is h
 and clipped sums from then on.
 """
 
+import contextlib
 import types
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dit_dp.clipping.batch import Batch, LossFn, clip_factors
+from dit_dp.clipping.compiled import compiling, outside_graphs, uncompiled, walking_twice
 from dit_dp.clipping.contributions import Contribution
 from dit_dp.clipping.engine import Engine, LayerRule, memory_scope
 from dit_dp.clipping.probe import Prober, Trial
@@ -84,6 +86,8 @@ class WatchedEngine(Engine):
     """
 
     method: ClassVar[str]
+    walks_twice: ClassVar[bool] = False
+    """Whether the graph is walked once for the norms and once more for the sum."""
 
     def _attach(self) -> None:
         self._prober: Prober | None = None
@@ -98,14 +102,15 @@ class WatchedEngine(Engine):
         self._names = {parameter: name for name, parameter in self.model_parameters.items()}
         self._layers = cover(self.model, self)
         for layer in self._layers:
-            layer.module.forward = types.MethodType(_watched_forward(layer), layer.module)
+            layer.module.__dict__[_LAYER] = layer
+            layer.module.forward = types.MethodType(_KEPT_OUT, layer.module)
         self.raw = RawParameters(self, raw_parameters(self.model, covered))
         self.raw.attach(self.model, {layer.module for layer in self._layers})
 
     def _detach(self) -> None:
         self.raw.detach()
         for layer in self._layers:
-            del layer.module.forward
+            del layer.module.forward, layer.module.__dict__[_LAYER]
 
     def _finish(self, losses: Tensor) -> Tensor:
         self._announce("backward")
@@ -140,19 +145,27 @@ class WatchedEngine(Engine):
 
     def _take(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor | None:
         """Run forward and backward on the batch; a method may take it in parts."""
+
+        def forward(model: nn.Module, batch: Batch) -> Tensor:
+            with compiling(walked_twice=self.walks_twice):
+                return loss_fn(model, batch)
+
         self._calls.clear()  # a forward without a graph, between steps, was counted
-        return super()._accumulate(loss_fn, batch, units)
+        return super()._accumulate(forward, batch, units)
 
     def _try(self, loss_fn: LossFn, batch: Batch, units: Units) -> None:
         """Refuse, once, a model whose units do not keep apart."""
         if units.num_units > 1:
             self._run_trial(loss_fn, batch, units, 2, alone=True)
-            Prober(self._names, self._report_to).compare(self.model, loss_fn, batch, units)
+            with uncompiled():
+                Prober(self._names, self._report_to).compare(self.model, loss_fn, batch, units)
 
     def _run_trial(self, loss_fn: LossFn, batch: Batch, units: Units, count: int, *, alone: bool = False) -> Trial:
         """Take the first units through forward and backward and return what was seen."""
         _, self._units = units.take(batch, 0, count)
-        trial = Prober(self._names, self._report_to).run(self.model, loss_fn, batch, units, count, alone=alone)
+        prober = Prober(self._names, self._report_to)
+        with uncompiled():
+            trial = prober.run(self.model, loss_fn, batch, units, count, alone=alone)
         self._forget()
         return trial
 
@@ -172,7 +185,7 @@ class WatchedEngine(Engine):
     def _sum(self, losses: Tensor) -> None:
         """Add the clipped sum to `.grad`; factors are known."""
 
-    def _take_norms(self, losses: Tensor, *, retain_graph: bool = False) -> None:
+    def _take_norms(self, losses: Tensor) -> None:
         """Back-propagate the sum of losses; what reaches `.grad` meanwhile went past the layers."""
         parameters = self.model_parameters
         earlier = {name: p.grad for name, p in parameters.items()}
@@ -180,7 +193,8 @@ class WatchedEngine(Engine):
             parameter.grad = None
         self._squares = losses.new_zeros(losses.shape[0], dtype=torch.promote_types(losses.dtype, torch.float32))
         try:
-            torch.autograd.backward(losses, torch.ones_like(losses), retain_graph=retain_graph)
+            with walking_twice(self.method) if self.walks_twice else contextlib.nullcontext():
+                torch.autograd.backward(losses, torch.ones_like(losses), retain_graph=self.walks_twice)
             foreign = [name for name, p in parameters.items() if p.grad is not None]
         finally:
             for name, parameter in parameters.items():
@@ -305,19 +319,25 @@ class WatchedEngine(Engine):
         return "ghost", "or direct or outer product, whichever needs fewer operations at its shape"
 
 
-def _watched_forward(layer: WatchedLayer) -> Callable[..., Tensor]:
-    """Return the forward that replaces a module's own while the engine is attached."""
-    original = type(layer.module).forward
+_LAYER = "_dit_dp_layer"
+"""Entry of a module's `__dict__` that holds its `WatchedLayer`."""
 
-    def forward(module: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        (x,) = (layer.engine.raw.entering(value) for value in (*args, *kwargs.values()))
-        if torch.is_grad_enabled():
-            return layer.engine.call(layer, x)
-        layer.engine.expect(layer.trainable())  # a block, for all we know, that will be recomputed
-        result: Tensor = original(module, x)
-        return result
 
-    return forward
+def _watched_forward(module: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    """Stand in for a module's own forward while an engine is attached.
+
+    One function for all layers: compiled code that calls it is valid for every block of a kind.
+    """
+    layer: WatchedLayer = module.__dict__[_LAYER]
+    (x,) = (layer.engine.raw.entering(value) for value in (*args, *kwargs.values()))
+    if torch.is_grad_enabled():
+        return layer.engine.call(layer, x)
+    layer.engine.expect(layer.trainable())  # a block, for all we know, that will be recomputed
+    result: Tensor = type(module).forward(module, x)
+    return result
+
+
+_KEPT_OUT = outside_graphs(_watched_forward)
 
 
 def refusal(module: nn.Module) -> str | None:

@@ -49,6 +49,8 @@ class ExperimentConfig:
     """Predict variances too (twice the output channels)."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
+    compile: bool = False
+    """torch.compile the model (inductor); the first step's time includes compilation."""
     data: Literal["synthetic", "digits"] = "synthetic"
     """Standard normal inputs, or scikit-learn's digits resized (3 channels)."""
     batch_size: int = 1
@@ -164,6 +166,15 @@ class ExperimentConfig:
             )
         if self.memory_budget_gib is not None and not METHODS[self.experiment].takes_memory_budget:
             raise UsageError.for_value("memory_budget_gib", self.memory_budget_gib, "None", no_budget(self.experiment))
+        if self.compile and not METHODS[self.experiment].supports_compile:
+            accepted = ", ".join(name for name, method in METHODS.items() if method.supports_compile)
+            raise UsageError.for_value(
+                "compile",
+                True,
+                "False",
+                f"{self.experiment} swaps parameters for a subclass during each call, which a compiled model does not "
+                f"see; methods that support it: {accepted}",
+            )
 
     @property
     def resolved_latent_downsample(self) -> int:

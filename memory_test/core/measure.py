@@ -131,6 +131,8 @@ def _build(resolved: dict[str, Any], announce: Callable[[str], None]) -> tuple[E
     """Return the engine, attached to a new model, and the optimizer of its parameters."""
     torch.manual_seed(resolved["seed"])
     model = build_model(resolved).to(resolved["device"])
+    if resolved["compile"]:
+        model.compile()  # in place; what it compiles, and when, is the first step's to pay
     options = engine_options(resolved)
     engine = attach(model, resolved["experiment"], resolved["max_grad_norm"], on_phase=announce, **options)
     optimizer = make_optimizer(

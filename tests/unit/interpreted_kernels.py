@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from dit_dp.clipping import attach, kernels, tiled
+from dit_dp.clipping import attach, contributions, kernels, launch, tiled
 from dit_dp.clipping.reference import clipped_sum
 from tests.models import make_case
 from tests.operands import float64_squares, operands
@@ -39,7 +40,7 @@ def test_kernel_equals_float64_and_torch(
     strided: bool,
 ) -> None:
     a, g = operands(examples, positions, width, out_width, dtype, seed, strided)
-    got = tiled.norm_partials(a, g, gram).sum(1, dtype=torch.float64)
+    got = launch.norm_partials(a, g, gram).sum(1, dtype=torch.float64)
     torch.testing.assert_close(got, float64_squares(a, g), rtol=2e-6, atol=0)
     in_torch = (tiled.gram_squares if gram else tiled.direct_squares)(a, g)
     torch.testing.assert_close(got.float(), in_torch, rtol=4e-6, atol=0)
@@ -58,13 +59,13 @@ def test_every_pair_of_tiles_is_taken_once(positions: int) -> None:
 
 def test_launches_are_deterministic() -> None:
     a, g = operands(2, 140, 30, 40, torch.float32, 0, True)
-    assert torch.equal(tiled.norm_partials(a, g, True), tiled.norm_partials(a, g, True))
+    assert torch.equal(launch.norm_partials(a, g, True), launch.norm_partials(a, g, True))
 
 
 @pytest.mark.parametrize("gram", [True, False], ids=["gram", "direct"])
 def test_a_prediction_sees_the_operator_as_it_is(gram: bool) -> None:
     inputs = operands(2, 140, 30, 70, torch.float32, 0, True)
-    torch.library.opcheck(tiled.norm_partials, (*inputs, gram), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(launch.norm_partials, (*inputs, gram), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("kernel", [kernels.gram_kernel, kernels.direct_kernel])
@@ -92,3 +93,106 @@ def test_engine_on_the_kernels_equals_the_oracle(method: str, kind: str) -> None
         assert parameter.grad is not None
         error = (parameter.grad.double() - wanted[name]).norm() / sum(w.norm() for w in wanted.values())
         assert error < 1e-5, name
+
+
+# --- clipped sums -------------------------------------------------------------------------------------------------
+
+
+def float64_sum(a: Tensor, g: Tensor, factors: Tensor) -> Tensor:
+    """Return ``sum_i c_i g_i^T a_i``, (p, d); examples whose factor is 0 are left out."""
+    kept = factors != 0
+    return torch.einsum("n,ntp,ntd->pd", factors[kept].double(), g[kept].double(), a[kept].double())
+
+
+@pytest.mark.parametrize("programs", [1, 264], ids=["one group", "groups"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@settings(max_examples=10, deadline=None)
+@given(
+    examples=st.integers(1, 5),
+    positions=st.integers(1, 150),
+    width=st.integers(1, 150),
+    out_width=st.integers(1, 150),
+    seed=st.integers(0, 2**31),
+    strided=st.booleans(),
+    adds=st.booleans(),
+)
+def test_clipped_sum_equals_float64(
+    dtype: torch.dtype,
+    programs: int,
+    examples: int,
+    positions: int,
+    width: int,
+    out_width: int,
+    seed: int,
+    strided: bool,
+    adds: bool,
+) -> None:
+    a, g = operands(examples, positions, width, out_width, dtype, seed, strided)
+    factors = torch.rand(examples, generator=torch.Generator().manual_seed(seed))
+    factors[seed % examples] = 0
+    a[seed % examples], g[seed % examples] = float("inf"), float("nan")  # a dropped example may hold anything
+    grad = torch.ones(out_width, width) if adds else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "PROGRAMS", programs)
+        got = launch.weighted_sum(a, g, factors, grad)
+    assert grad is None or got is grad
+    torch.testing.assert_close(got.double(), float64_sum(a, g, factors) + (1 if adds else 0), rtol=2e-6, atol=0)
+
+
+def aligned(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return nearly equal bf16 examples whose positions cancel to 1 / 500, and their clip factors for C = 1."""
+    generator = torch.Generator().manual_seed(seed)
+    a, g = torch.randn(2, 1, 32, 16, generator=generator)
+    g[:, 16:], a[:, 16:] = -g[:, :16], a[:, :16] * (1 + 0.002 * torch.randn(1, 16, 16, generator=generator))
+    a = (a + 0.001 * torch.randn(count, 32, 16, generator=generator)).bfloat16()
+    g = g.expand(count, -1, -1).bfloat16()
+    return a, g, 1 / (float64_squares(a, g).sqrt() + 1e-6).float()
+
+
+@pytest.mark.parametrize("programs", [1, 264], ids=["one group", "groups"])
+@settings(max_examples=4, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_removing_one_of_many_aligned_examples_moves_the_sum_by_at_most_c(programs: int, seed: int) -> None:
+    a, g, factors = aligned(seed, 48)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "PROGRAMS", programs)
+        everyone = launch.weighted_sum(a, g, factors, None)
+        for gone in (0, 17, 47):
+            rest = [i for i in range(48) if i != gone]
+            moved = everyone - launch.weighted_sum(a[rest], g[rest], factors[rest], None)
+            assert float(moved.norm()) <= 1 + 1e-4
+
+
+def test_factors_rounded_into_an_operand_would_break_the_bound() -> None:
+    """Why the kernel weighs products: the property above has the power to see the difference."""
+    a, g, factors = aligned(0, 4)
+    rounded = (a * factors[:, None, None]).bfloat16()
+    moved = torch.bmm(g.double().transpose(1, 2), rounded.double()).flatten(1).norm(dim=1)
+    assert float(moved.max()) > 1.01
+
+
+def test_a_prediction_sees_the_sum_as_it_is() -> None:
+    a, g = operands(3, 20, 30, 70, torch.bfloat16, 0, True)
+    out = torch.zeros(2, 70, 30)
+    torch.library.opcheck(
+        launch.weighted_sums, (a, g, torch.rand(3), out, True), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("method", ["ghost", "bookkeeping", "per_layer", "flash_clip_bk"])
+def test_engines_sum_bf16_by_the_kernel(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every method on a model in bf16: by the kernel and by copies to float32 the sum is the same to rounding."""
+    totals, seen = [], []
+    weigh = launch.weighted_sum
+    monkeypatch.setattr(contributions, "weighted_sum", lambda *given: seen.append(given[0].shape) or weigh(*given))
+    for least in (launch.MIN_POSITIONS, 10_000):
+        monkeypatch.setattr(launch, "MIN_POSITIONS", least)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3)).bfloat16()
+        options = {"keep_up_to": 0.0} if method == "bookkeeping" else {}
+        engine = attach(model, method, max_grad_norm=0.1, **options)
+        batch = (torch.randn(4, 20, 6).bfloat16(),)
+        engine.accumulate(lambda m, b: m(b[0]).float().square().mean((1, 2)), batch)
+        totals.append(torch.cat([p.grad.flatten() for p in engine.parameters.values()]))
+    assert len(seen) >= 2
+    torch.testing.assert_close(*totals, rtol=1e-5, atol=1e-7)

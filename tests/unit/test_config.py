@@ -69,6 +69,7 @@ def test_defaults_become_explicit() -> None:
         ({"data": "digits"}, ["data", "--in-channels 3"]),
         ({"pretrained": True, "in_channels": 3}, ["in_channels", "4-channel"]),
         ({"experiment": "opacus", "activation_checkpointing": True}, ["opacus", "vanilla, "]),
+        ({"experiment": "opacus-ew", "compile": True}, ["compile", "opacus-ew", "vanilla, "]),
         ({"experiment": "opacus-ew", "dtype": "bf16"}, ["dtype", "float32"]),
         ({"hidden_size": 100, "num_heads": 16}, ["hidden_size", "multiple of 16"]),
     ],

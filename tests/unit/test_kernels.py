@@ -32,7 +32,9 @@ def compiled(kernel: Any, element: str, tile: int, warps: int) -> str:
     from triton.compiler import ASTSource
 
     constants = {"a_feature": 1, "g_feature": 1, "TILE": tile, "BLOCK": 32, "UPCAST": False}
-    pointers = {"a": f"*{element}", "g": f"*{element}", "partial": "*fp32"}
+    if "ADD" in kernel.arg_names:
+        constants["ADD"] = True
+    pointers = {"a": f"*{element}", "g": f"*{element}", "partial": "*fp32", "factors": "*fp32", "out": "*fp32"}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     attributes = {
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name not in constants
@@ -43,7 +45,7 @@ def compiled(kernel: Any, element: str, tile: int, warps: int) -> str:
     return ptx
 
 
-@pytest.mark.parametrize("name", ["gram_kernel", "direct_kernel"])
+@pytest.mark.parametrize("name", ["gram_kernel", "direct_kernel", "weighted_sum_kernel"])
 @pytest.mark.parametrize(("element", "tile", "warps"), [("bf16", 128, 8), ("fp32", 64, 4), ("fp16", 16, 4)])
 def test_kernels_compile_for_sm_90(
     name: str, element: str, tile: int, warps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -53,6 +53,24 @@ def test_every_method_goes_through_the_same_loop(method: str) -> None:
     assert max(repeat.timeline.allocated_bytes) <= repeat.peak_allocated_bytes  # type: ignore[operator]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # tracing reads it
+def test_a_compiled_model_is_measured_with_its_compilation_in_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a backend that needs no C++ compiler; `compile` itself is seen to be called, once a pass."""
+    compile_in_place, seen = nn.Module.compile, []
+
+    def compiling(self: nn.Module) -> None:
+        seen.append(self)
+        compile_in_place(self, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compiling)
+    repeat = measured(tiny("bookkeeping", compile=True)).repeat
+    assert len(seen) == 2
+    assert repeat.first_step_s > 5 * max(repeat.step_times_s)  # type: ignore[operator]
+    assert abs(repeat.breakdown_bytes["unattributed"]) < 0.01 * repeat.peak_allocated_bytes  # type: ignore[operator]
+    measured(tiny("bookkeeping"))
+    assert len(seen) == 2
+
+
 def test_optimizer_state_is_born_in_the_first_step() -> None:
     repeat = measured(tiny("vanilla", batch_size=32)).repeat
     assert repeat.first_step_peak_allocated_bytes < repeat.peak_allocated_bytes  # type: ignore[operator]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dit_dp import clipping
-from dit_dp.clipping import attach, tiled
+from dit_dp.clipping import attach, launch, tiled
 from dit_dp.errors import UsageError
 from tests.models import make_case
 from tests.operands import float64_squares, operands
@@ -120,8 +120,8 @@ def test_a_prediction_needs_no_device(shape: tuple[int, int, int, int]) -> None:
 
 
 def test_tiles_follow_from_size_and_dtype() -> None:
-    assert [tiled.kernel_tile(size, torch.bfloat16) for size in (1, 16, 17, 100, 256)] == [16, 16, 32, 128, 128]
-    assert [tiled.kernel_tile(size, torch.float32) for size in (5, 64, 1024)] == [16, 64, 64]
+    assert [launch.kernel_tile(size, torch.bfloat16) for size in (1, 16, 17, 100, 256)] == [16, 16, 32, 128, 128]
+    assert [launch.kernel_tile(size, torch.float32) for size in (5, 64, 1024)] == [16, 64, 64]
 
 
 def test_cuda_without_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_cuda_without_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delattr(clipping, "kernels", raising=False)
     a, g = operands(1, 4, 4, 4, torch.float32, seed=0, strided=False)
     with pytest.raises(UsageError, match="needs triton"):
-        tiled.norm_partials(a, g, True)
+        launch.norm_partials(a, g, True)
 
 
 @pytest.mark.parametrize("method", ["flash_clip", "flash_clip_bk"])
