@@ -1,3 +1,9 @@
+"""Options of the test run. One thread: the models are tiny, and two threads on a busy machine wait for each other."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest
