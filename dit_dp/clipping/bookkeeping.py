@@ -95,7 +95,7 @@ class BookkeepingEngine(WatchedEngine):
             return "outer product"
         operand = outers[0].a.element_size()
         limit = self.keep_up_to * operand / max(4, operand)  # gradients are float32 where operands are bf16
-        return "keep" if _keeps(positions, parameter[0].numel(), parameter.shape[0], limit) else "ghost"
+        return "keep" if _keeps(positions, parameter.shape[1:].numel(), parameter.shape[0], limit) else "ghost"
 
     def _note(self, parameter: nn.Parameter, parts: Sequence[Contribution]) -> None:
         """Book what the clipped sum of a parameter is made of."""

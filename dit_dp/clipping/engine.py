@@ -12,6 +12,7 @@ from torch.profiler import record_function
 from dit_dp import validate
 from dit_dp.clipping.batch import Batch, LossFn, check_losses, num_rows, trainable_parameters
 from dit_dp.clipping.contributions import HALF
+from dit_dp.clipping.ranks import Ranks
 from dit_dp.clipping.units import Units
 from dit_dp.errors import EngineStateError, UsageError
 
@@ -65,6 +66,7 @@ class Engine(ABC):
         self._announce = on_phase or _ignore_phase
         self._state: Literal["clean", "accumulated", "privatized", "failed"] = "clean"
         self._generator: torch.Generator | None = None
+        self.ranks = Ranks()
         self._attach()
         model._dit_dp_engine = True  # type: ignore[assignment]
 
@@ -90,7 +92,7 @@ class Engine(ABC):
         self._begin()
         units = Units.of(num_rows(batch), row_to_unit)
         self._announce("forward")
-        if units.num_units == 0:
+        if units.num_units == 0 and not self.ranks.in_step:
             return self._accumulate_nothing()
         with self._failing():
             return self._accumulate(loss_fn, batch, units)
@@ -107,6 +109,11 @@ class Engine(ABC):
         self._begin()
         check_losses(losses)
         if losses.shape[0] == 0:
+            if self.ranks.in_step:
+                raise UsageError(
+                    "losses: got none, while other ranks wait in their backward for this one's part; "
+                    "call accumulate, which takes part with a stand-in"
+                )
             return self._accumulate_nothing()
         if losses.grad_fn is self._spent:
             raise EngineStateError("backward: these losses were back-propagated already; run the forward again")
@@ -128,12 +135,13 @@ class Engine(ABC):
 
         Args:
             noise_multiplier: sigma; 0 adds none, which gives no privacy.
-            expected_batch_size: The divisor: the expected batch, never the one that was drawn.
-            generator: Source of the noise on the parameters' device; default: the engine's own, seeded by
-                the operating system.
+            expected_batch_size: The divisor: the expected batch of all ranks together, never the one that was drawn.
+            generator: Source of the noise on the parameters' device, in the same state on every rank; default: the
+                engine's own, seeded by the operating system.
 
         Raises:
             EngineStateError: Nothing was accumulated since the last call.
+            UsageError: An argument is not the same on every rank.
 
         **Guarantees**: the clipped sum has sensitivity C under adding or removing one example, so the noise is
         that of the Gaussian mechanism with multiplier sigma. **Edge cases**: after an empty batch the result
@@ -166,7 +174,15 @@ class Engine(ABC):
         """Put the model back as it was before `attach`."""
         self.zero_grad()
         self._detach()
+        self.ranks.leave()
         del self.model._dit_dp_engine
+
+    def join(self, ranks: Ranks) -> None:
+        """Train with other ranks; each has to call this. Called by `attach`."""
+        self.ranks = ranks
+        ranks.enter()
+        if not ranks.alone:  # all at once, whoever will use it
+            self._own_generator()
 
     # --- what meters and people ask -------------------------------------------------------------------------
 
@@ -227,11 +243,12 @@ class Engine(ABC):
         """Noise and normalise `.grad`, one parameter at a time."""
         std = noise_multiplier * self.max_grad_norm
         source = generator or self._own_generator()
-        for parameter in self.parameters.values():
+        self.ranks.require_same(source, noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size)
+        for parameter in self.ranks.summed(self.parameters.values()):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if std > 0:
-                parameter.grad.add_(torch.empty_like(parameter).normal_(0.0, std, generator=source))
+                parameter.grad.add_(self.ranks.noise(parameter, std, source))
             if expected_batch_size != 1:
                 parameter.grad.div_(expected_batch_size)
 
@@ -241,7 +258,7 @@ class Engine(ABC):
         """Return the engine's noise source, made on first use with entropy of the operating system."""
         if self._generator is None:
             self._generator = torch.Generator(device=next(iter(self.parameters.values())).device)
-            self._generator.seed()
+            self._generator.manual_seed(self.ranks.seed())
         return self._generator
 
     @contextlib.contextmanager
@@ -254,7 +271,7 @@ class Engine(ABC):
     def _check_model(self) -> None:
         """Refuse a model whose trainable parameters are not those that were attached."""
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad != (self.model_parameters.get(name) is parameter):
+            if parameter.requires_grad != self.ranks.same(parameter, self.model_parameters.get(name)):
                 what = "replaced" if name in self.model_parameters and parameter.requires_grad else "frozen or unfrozen"
                 raise EngineStateError(f"model: {name} was {what} after attach; detach, change the model, attach again")
 

@@ -38,7 +38,7 @@ class GhostEngine(WatchedEngine):
     walks_twice: ClassVar[bool] = True
 
     def _sum(self, losses: Tensor) -> None:
-        torch.autograd.backward(losses, torch.ones_like(losses))
+        torch.autograd.backward(losses, torch.full_like(losses, self._loss_weight))
 
     @classmethod
     def norm_rule(cls, positions: int, width: int, out_width: int) -> tuple[LayerRule, str]:
@@ -54,5 +54,7 @@ class GhostEngine(WatchedEngine):
         """Return the squared norms of a parameter's per-unit gradients, (U,), and note by which rule."""
         if all(isinstance(part, Outer) for part in parts):
             positions = sum(part.a.shape[1] for part in parts if isinstance(part, Outer))
-            self._rules_used[self._names[parameter]] = Outer.rule(positions, parameter[0].numel(), parameter.shape[0])
+            self._rules_used[self._names[parameter]] = Outer.rule(
+                positions, parameter.shape[1:].numel(), parameter.shape[0]
+            )
         return joined_squared_norms(parts, parameter.shape)

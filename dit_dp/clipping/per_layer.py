@@ -66,9 +66,11 @@ class PerLayerEngine(GhostEngine):
         keep = None if bool(finite.all()) else finite
         factors = clip_factors(norms, self.max_grad_norm / len(self._groups) ** 0.5)
         for parameter, parts in group.items():
+            total: Tensor | None = None
             for part in parts:
-                earlier = self._totals.get(parameter)
-                self._totals[parameter] = part.add_clipped(earlier, factors, parameter.shape, keep)
+                total = part.add_clipped(total, factors, parameter.shape, keep)
+            assert total is not None
+            self._totals[parameter] = self.ranks.share(parameter, total)
 
     def _take_norms(self, losses: Tensor) -> None:
         super()._take_norms(losses)

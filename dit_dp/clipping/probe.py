@@ -122,10 +122,16 @@ class Prober:
     Args:
         names: Name of each parameter.
         attached: Called with the prober, or `None`, to make layers report to it, or no more.
+        all_agree: Returns whether what is given is true on every rank: those that run in step make the same passes.
     """
 
-    def __init__(self, names: dict[nn.Parameter, str], attached: "Callable[[Prober | None], None]") -> None:
-        self._names, self._attached = names, attached
+    def __init__(
+        self,
+        names: dict[nn.Parameter, str],
+        attached: "Callable[[Prober | None], None]",
+        all_agree: Callable[[bool], bool],
+    ) -> None:
+        self._names, self._attached, self._all_agree = names, attached, all_agree
         self._log = StorageLog()
         self._trial = Trial(0)
         self._alone: int | None = None
@@ -158,7 +164,7 @@ class Prober:
                 self._trial.backward = self._log.now
                 if not alone:
                     torch.autograd.backward(losses, torch.ones_like(losses))
-                elif bool(torch.isfinite(losses).all()):
+                elif self._all_agree(bool(torch.isfinite(losses).all())):
                     self._differentiate_each(losses, inputs, some)
         finally:
             self._alone = None
@@ -187,7 +193,9 @@ class Prober:
         """
         rows = [units.take(batch, unit, unit + 1)[0] for unit in range(2)]
         pair, some = units.take(batch, 0, 2)
-        if some.num_rows != 2 * num_rows(rows[0]) or (some.row_to_unit is not None and not some.adjacent):
+        pair = map_tensors(torch.clone, pair)  # fresh memory as the twins': rounding may go by alignment
+        alike = some.num_rows == 2 * num_rows(rows[0]) and (some.row_to_unit is None or some.adjacent)
+        if not self._all_agree(alike):
             return  # units of different sizes cannot stand for each other
         twins = [map_tensors(lambda t: torch.cat([t, t]), each) for each in rows]
         if isinstance(pair, Mapping) and ROW_TO_UNIT in pair:
@@ -195,9 +203,9 @@ class Prober:
         with self._fork(model), torch.no_grad(), warnings.catch_warnings():
             # Reentrant checkpointing warns, wherever no gradient is wanted, that there will be none.
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
-            both, *twice = [loss_fn(model, each).detach() for each in (pair, *twins)]
+            both, *twice, again = [loss_fn(model, each).detach() for each in (pair, *twins, pair)]
             for unit in range(2):
-                if not _same(both[unit], twice[unit][unit]) and _same(both, loss_fn(model, pair)):
+                if not _same(both[unit], twice[unit][unit]) and _same(both, again):
                     raise CoupledExamplesError(
                         f"model: the loss of one example changes from {float(both[unit]):.6g} to "
                         f"{float(twice[unit][unit]):.6g} when another's rows are exchanged, so no per-example gradient "

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
+    from torch.distributed import ProcessGroup
 
     from dit_dp.clipping.engine import Engine
 
@@ -29,6 +30,7 @@ class Method:
         flat: Whether the norm that is clipped is that of the whole gradient; if not, results of two methods differ.
         owns_forward: Whether it must run the forward itself, so that `Engine.backward` is refused.
         takes_memory_budget: Whether `attach` accepts ``memory_budget``, the peak (bytes) that it plans for.
+        sharded: Whether it runs on parameters that FSDP2 has sharded.
     """
 
     engine: str
@@ -41,6 +43,7 @@ class Method:
     flat: bool = True
     owns_forward: bool = False
     takes_memory_budget: bool = False
+    sharded: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -61,6 +64,7 @@ METHODS: dict[str, Method] = {
     "ghost": Method(
         engine="dit_dp.clipping.ghost:GhostEngine",
         summary="ours: exact two-pass ghost clipping, per-example gradients never stored",
+        sharded=True,
     ),
     "lean": Method(
         engine="dit_dp.clipping.lean:LeanEngine",
@@ -70,14 +74,21 @@ METHODS: dict[str, Method] = {
         engine="dit_dp.clipping.per_layer:PerLayerEngine",
         summary="ours: each layer clipped to C / sqrt(layers); another mechanism than flat clipping",
         flat=False,
+        sharded=True,
     ),
     "flash_clip": Method(
         engine="dit_dp.clipping.flash:FlashClipEngine",
         summary="ours: exact two-pass ghost clipping, norms tile by tile in fast memory (Triton on CUDA)",
+        sharded=True,
     ),
     "flash_clip_bk": Method(
         engine="dit_dp.clipping.flash:FlashClipBookkeepingEngine",
         summary="ours: exact, one backward pass that books operands, norms tile by tile as in flash_clip",
+    ),
+    "ghost_fsdp_bk": Method(
+        engine="dit_dp.clipping.sharded:ShardedBookkeepingEngine",
+        summary="ours: bookkeeping under FSDP2, one clipped sum at full shape at a time",
+        sharded=True,
     ),
     "microbatch": Method(
         engine="dit_dp.clipping.microbatch:MicrobatchEngine",
@@ -118,27 +129,37 @@ def attach(
     method: str = "auto",
     max_grad_norm: float = 1.0,
     on_phase: "Callable[[str], None] | None" = None,
+    process_group: "ProcessGroup | None" = None,
     **performance: Any,
 ) -> "Engine":
     """Attach a clipping engine to a model.
 
     Args:
-        model: The model to train; put back as it was by `Engine.detach`.
+        model: The model to train; put back as it was by `Engine.detach`. Of `DistributedDataParallel` the module
+            inside is attached; parameters that `fully_shard` has sharded stay so.
         method: A key of `METHODS`.
         max_grad_norm: C, the bound on the norm of each example's contribution; > 0.
         on_phase: Called with ``forward``, ``backward``, ``clip`` or ``noise`` when that phase begins.
+        process_group: The ranks that train a plain model together, each with units of its own; they start from the
+            first rank's parameters. DDP and `fully_shard` know their ranks. No unit may be on two ranks in one step
+            (`DistributedSampler` without `drop_last` repeats some), or its contribution is counted twice.
         **performance: Settings of the engine that change cost, never the private gradient.
 
     Returns:
         The engine: `accumulate` or `backward`, then `privatize`, then the optimizer's step.
 
     Raises:
-        UsageError: Unknown method, or C that is not a finite positive number.
+        UsageError: Unknown method, C that is not a finite positive number, or ranks that are not said or not
+            possible with this method.
         UnsupportedModelError: The method cannot run on this model; names the layer.
     """
     if method not in METHODS:
         raise UsageError.for_value("method", method, METHODS)
-    engine: Engine = engine_class(method)(model, max_grad_norm=max_grad_norm, on_phase=on_phase, **performance)
+    from dit_dp.clipping.join import join
+
+    module, ranks = join(model, method, process_group)
+    engine: Engine = engine_class(method)(module, max_grad_norm=max_grad_norm, on_phase=on_phase, **performance)
+    engine.join(ranks)
     return engine
 
 

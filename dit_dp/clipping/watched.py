@@ -22,7 +22,7 @@ from dit_dp.clipping.engine import Engine, LayerRule, memory_scope
 from dit_dp.clipping.probe import Prober, Trial
 from dit_dp.clipping.raw import RawParameters, raw_parameters
 from dit_dp.clipping.rules import COUPLED, Rule, rule_for
-from dit_dp.clipping.units import Units
+from dit_dp.clipping.units import Units, with_zero_units
 from dit_dp.errors import CoupledExamplesError, LossShapeError, UnsupportedModelError, UsageError
 
 HOLDERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -34,8 +34,11 @@ class WatchedLayer:
 
     def __init__(self, name: str, module: Any, rule: Rule, engine: "WatchedEngine") -> None:
         self.name, self.module, self.rule, self.engine = name, module, rule, engine
-        self.weight: nn.Parameter | None = getattr(module, "weight", None)
-        self.bias: nn.Parameter | None = getattr(module, "bias", None)
+        self.weight, self.bias = self.current()
+
+    def current(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """Return weight and bias as they are in the module now: FSDP2 replaces its shards by them while it runs."""
+        return getattr(self.module, "weight", None), getattr(self.module, "bias", None)
 
     def trainable(self) -> list[nn.Parameter]:
         """Return its parameters that take gradients."""
@@ -92,6 +95,7 @@ class WatchedEngine(Engine):
     def _attach(self) -> None:
         self._prober: Prober | None = None
         self._tried = False
+        self._loss_weight = 1.0
         self._squares: Tensor | None = None
         self._factors: Tensor | None = None
         self._keep: Tensor | None = None
@@ -127,6 +131,8 @@ class WatchedEngine(Engine):
         return norms
 
     def _accumulate(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor | None:
+        if units.num_units == 0:
+            return self._take_part(loss_fn, batch, units)
         if self._tried:
             return self._take(loss_fn, batch, units)
         try:
@@ -153,24 +159,38 @@ class WatchedEngine(Engine):
         self._calls.clear()  # a forward without a graph, between steps, was counted
         return super()._accumulate(forward, batch, units)
 
+    def _take_part(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor:
+        """Run a unit of zeros whose loss has weight 0: ranks that have units need this one's part in what they send."""
+        num_dropped, self._loss_weight = self.num_dropped, 0.0
+        try:
+            norms = self._accumulate(loss_fn, *with_zero_units(batch, units, 1))
+        finally:
+            self.num_dropped, self._loss_weight = num_dropped, 1.0
+        assert norms is not None
+        return norms[:0]
+
     def _try(self, loss_fn: LossFn, batch: Batch, units: Units) -> None:
         """Refuse, once, a model whose units do not keep apart."""
+        if self.ranks.in_step:
+            batch, units = with_zero_units(batch, units, 2)
         if units.num_units > 1:
             self._run_trial(loss_fn, batch, units, 2, alone=True)
             with uncompiled():
-                Prober(self._names, self._report_to).compare(self.model, loss_fn, batch, units)
+                self._new_prober().compare(self.model, loss_fn, batch, units)
 
     def _run_trial(self, loss_fn: LossFn, batch: Batch, units: Units, count: int, *, alone: bool = False) -> Trial:
         """Take the first units through forward and backward and return what was seen."""
         _, self._units = units.take(batch, 0, count)
-        prober = Prober(self._names, self._report_to)
         with uncompiled():
-            trial = prober.run(self.model, loss_fn, batch, units, count, alone=alone)
+            trial = self._new_prober().run(self.model, loss_fn, batch, units, count, alone=alone)
         self._forget()
         return trial
 
-    def _report_to(self, prober: Prober | None) -> None:
-        self._prober = prober
+    def _new_prober(self) -> Prober:
+        def report_to(prober: Prober | None) -> None:
+            self._prober = prober
+
+        return Prober(self._names, report_to, self.ranks.all_agree)
 
     @classmethod
     @abstractmethod
@@ -194,7 +214,8 @@ class WatchedEngine(Engine):
         self._squares = losses.new_zeros(losses.shape[0], dtype=torch.promote_types(losses.dtype, torch.float32))
         try:
             with walking_twice(self.method) if self.walks_twice else contextlib.nullcontext():
-                torch.autograd.backward(losses, torch.ones_like(losses), retain_graph=self.walks_twice)
+                weights = torch.full_like(losses, self._loss_weight)
+                torch.autograd.backward(losses, weights, retain_graph=self.walks_twice)
             foreign = [name for name, p in parameters.items() if p.grad is not None]
         finally:
             for name, parameter in parameters.items():
@@ -223,8 +244,17 @@ class WatchedEngine(Engine):
         """Add a contribution's clipped sum over units to the gradient."""
         assert self._factors is not None
         target = self.parameters[self._names[parameter]]
-        total = part.add_clipped(target.grad, self._factors, parameter.shape, self._keep)
-        target.grad = total.to(target.dtype)
+        if self.ranks.in_step:
+            self._deposit(parameter, part.add_clipped(None, self._factors, parameter.shape, self._keep))
+        else:
+            total = part.add_clipped(target.grad, self._factors, parameter.shape, self._keep)
+            target.grad = total.to(target.dtype)
+
+    def _deposit(self, parameter: nn.Parameter, total: Tensor) -> None:
+        """Add a clipped sum of the parameter's full shape to the gradient, or this rank's share of all ranks'."""
+        target = self.parameters[self._names[parameter]]
+        share = self.ranks.share(target, total)
+        target.grad = share.to(target.dtype) if target.grad is None else target.grad.add_(share)
 
     def _forget(self) -> None:
         """Drop what one pass left behind, also after a failure."""
@@ -245,7 +275,7 @@ class WatchedEngine(Engine):
         x = layer.rule.prepare(layer.module, x)
         lowered = None if layer.rule.name == "norm" else _autocast_dtype(x)
         x = x if lowered is None else x.to(lowered)
-        output: Tensor = _WatchedCall.apply(layer, lowered, x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+        output: Tensor = _WatchedCall.apply(layer, lowered, x, *layer.current())  # type: ignore[no-untyped-call]
         return output
 
     def expect(self, parameters: Iterable[nn.Parameter], reads: float = 1) -> None:
