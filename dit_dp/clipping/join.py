@@ -55,10 +55,10 @@ def _refuse_raw(model: nn.Module) -> None:
 def _check_group(group: object) -> None:
     """Refuse what is no process group, or one that this rank is not in."""
     wanted = "a process group that this rank is in, such as torch.distributed.group.WORLD"
+    if group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns to ranks outside
+        raise UsageError.for_value("process_group", "a group of other ranks", wanted)
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise UsageError.for_value("process_group", group, wanted)
-    if group is not None and dist.get_rank(group) < 0:
-        raise UsageError.for_value("process_group", "a group of other ranks", wanted)
 
 
 def _ranks_of_ddp(model: DistributedDataParallel, group: dist.ProcessGroup | None) -> Ranks:

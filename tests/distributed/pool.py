@@ -73,7 +73,7 @@ def _serve(rank: int, meeting: Path, pipe: Any) -> None:
             sys.exit()
         try:
             answer = True, function(*args)
-        except BaseException:  # whatever it is, the parent's test reports it
+        except Exception:  # noqa: BLE001 - whatever it is, the parent's test reports it
             answer = False, traceback.format_exc()
         pipe.send(answer)
 
