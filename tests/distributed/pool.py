@@ -62,6 +62,8 @@ def _serve(rank: int, meeting: Path, pipe: Any) -> None:
     warnings.simplefilter("error")
     # Convs and Frozen return views; nothing is done to them in place, which is what FSDP2 warns of.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    # FSDP2's own hooks fire on layers whose inputs take no gradient.
+    warnings.filterwarnings("ignore", "Full backward hook is firing")
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=30)
