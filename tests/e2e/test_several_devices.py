@@ -1,0 +1,49 @@
+"""The README's script for several devices, under torchrun with two processes on a CPU."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SECTION = re.compile(r"## Several devices\n.*?`torchrun (.*?)`.*?```python\n(.*?)```", re.DOTALL)
+REPORT = """
+from pathlib import Path
+found = [(getattr(p, "full_tensor", lambda: p)()).tolist() for p in model.parameters()]
+Path(f"rank{dist.get_rank()}").write_text(str(found))
+"""
+
+
+def run_script(folder: Path, edit: dict[str, str]) -> list[str]:
+    """Run the script with some lines changed; return what each rank ended with."""
+    found = SECTION.search((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert found is not None
+    command, script = found.groups()
+    last = "dist.destroy_process_group()"
+    for before, after in {**edit, last: REPORT + last}.items():
+        assert script.count(before) == 1, before
+        script = script.replace(before, after)
+    (folder / "train.py").write_text(script, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *command.split()],
+        capture_output=True, text=True, check=False, cwd=folder, env=environment, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [(folder / f"rank{rank}").read_text(encoding="utf-8") for rank in range(2)]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["as it stands", "with fully_shard"])
+def test_both_ranks_end_with_one_model(tmp_path: Path, sharded: bool) -> None:
+    edit = {
+        "import torch\n": "import torch\nfrom torch.distributed.fsdp import fully_shard\n",
+        "model = torch.nn.Linear(16, 1)": "model = fully_shard(torch.nn.Linear(16, 1))",
+        '"bookkeeping"': '"ghost_fsdp_bk"',
+        ", process_group=dist.group.WORLD": "",
+    }
+    one, other = run_script(tmp_path, edit if sharded else {})
+    assert one == other
+    assert "nan" not in one
