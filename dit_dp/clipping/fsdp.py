@@ -8,7 +8,7 @@ at full shape, one parameter at a time, and reduce-scattered here by summing.
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from dit_dp.clipping.ranks import Replicas
@@ -69,9 +69,11 @@ def find_shards(model: nn.Module) -> Shards | None:
 
     Raises:
         UnsupportedModelError: Parameters are distributed in another way: tensor parallelism, several meshes, CPU
-            offload, FSDP2 within DDP.
+            offload, FSDP1.
     """
     for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise UnsupportedModelError("model: FullyShardedDataParallel is FSDP1; use fully_shard, which is FSDP2")
         if isinstance(module, FSDPModule):
             module.reshard()  # a forward without gradients, such as sampling, leaves the root's parameters gathered
     parameters = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}

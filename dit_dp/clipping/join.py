@@ -1,5 +1,7 @@
 """Find out over which ranks a model is trained: one process, replicas of it (plain or DDP), or FSDP2's shards."""
 
+import sys
+
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -74,17 +76,12 @@ def _ranks_of_ddp(model: DistributedDataParallel, group: dist.ProcessGroup | Non
 
 
 def _ranks_of(model: nn.Module, group: dist.ProcessGroup | None) -> Ranks:
-    """Return the ranks of a model without DDP."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    from dit_dp.clipping.fsdp import find_shards
-
-    if any(isinstance(module, (FullyShardedDataParallel, DistributedDataParallel)) for module in model.modules()):
+    """Return the ranks of a model without DDP around it."""
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise UnsupportedModelError(
-            "model: FullyShardedDataParallel (FSDP1), and DistributedDataParallel within a model, are not supported; "
-            "use fully_shard (FSDP2), or DistributedDataParallel around the whole"
+            "model: DistributedDataParallel lies within it; put DistributedDataParallel around the whole"
         )
-    shards = find_shards(model)
+    shards = _shards(model)
     if shards is not None:
         if group is not None:
             raise UsageError("process_group: fully_shard's mesh says which ranks train together; leave it out")
@@ -104,3 +101,16 @@ def _ranks_of(model: nn.Module, group: dist.ProcessGroup | None) -> Ranks:
     replicas = Replicas([group])
     replicas.copy_first(model)
     return replicas
+
+
+def _shards(model: nn.Module) -> Ranks | None:
+    """Return the ranks of a model that FSDP has sharded.
+
+    Whoever has one has imported FSDP. Imported only now, after the group was made, `torch.distributed.nn` would hold the
+    group as default arguments beyond `destroy_process_group`, and gloo's threads may then abort the process at exit.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return None
+    from dit_dp.clipping.fsdp import find_shards
+
+    return find_shards(model)

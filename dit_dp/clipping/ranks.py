@@ -9,6 +9,7 @@ draws, and the replicas would part.
 
 import hashlib
 import secrets
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dit_dp.errors import UsageError
+from dit_dp.errors import EngineStateError, UsageError
 
 
 class Ranks:
@@ -76,9 +77,16 @@ class Replicas(Ranks):
     alone = False
 
     def __init__(self, groups: Sequence[dist.ProcessGroup], wrapper: DistributedDataParallel | None = None) -> None:
-        self._groups = list(groups)
+        self._references = [weakref.ref(group) for group in groups]  # not to outlive destroy_process_group
         self._wrapper = wrapper
         self._before = (True, True)
+
+    @property
+    def _groups(self) -> list[dist.ProcessGroup]:
+        groups = [reference() for reference in self._references]
+        if None in groups:
+            raise EngineStateError("engine: its process group was destroyed; attach again after init_process_group()")
+        return [group for group in groups if group is not None]
 
     def enter(self) -> None:
         """Have DDP neither reduce gradients nor broadcast buffers: a rank without units runs no forward."""

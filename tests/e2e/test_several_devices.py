@@ -32,18 +32,21 @@ def run_script(folder: Path, edit: dict[str, str]) -> list[str]:
         [sys.executable, "-m", "torch.distributed.run", *command.split()],
         capture_output=True, text=True, check=False, cwd=folder, env=environment, timeout=240,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[:4000]
     return [(folder / f"rank{rank}").read_text(encoding="utf-8") for rank in range(2)]
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["as it stands", "with fully_shard"])
-def test_both_ranks_end_with_one_model(tmp_path: Path, sharded: bool) -> None:
-    edit = {
-        "import torch\n": "import torch\nfrom torch.distributed.fsdp import fully_shard\n",
-        "model = torch.nn.Linear(16, 1)": "model = fully_shard(torch.nn.Linear(16, 1))",
-        '"bookkeeping"': '"ghost_fsdp_bk"',
-        ", process_group=dist.group.WORLD": "",
-    }
-    one, other = run_script(tmp_path, edit if sharded else {})
+FSDP2 = {
+    "import torch\n": "import torch\nfrom torch.distributed.fsdp import fully_shard\n",
+    "optimizer = torch.optim.AdamW(model.parameters())\n": "",
+    "engine = attach(": "model = fully_shard(model)\nengine = attach(",
+    '"bookkeeping"': '"ghost_fsdp_bk"',
+    ", process_group=dist.group.WORLD)": ")\noptimizer = torch.optim.AdamW(engine.parameters.values())",
+}
+
+
+@pytest.mark.parametrize("edit", [{}, FSDP2], ids=["as it stands", "with fully_shard"])
+def test_both_ranks_end_with_one_model(tmp_path: Path, edit: dict[str, str]) -> None:
+    one, other = run_script(tmp_path, edit)
     assert one == other
     assert "nan" not in one
