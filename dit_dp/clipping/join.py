@@ -106,8 +106,8 @@ def _ranks_of(model: nn.Module, group: dist.ProcessGroup | None) -> Ranks:
 def _shards(model: nn.Module) -> Ranks | None:
     """Return the ranks of a model that FSDP has sharded.
 
-    Whoever has one has imported FSDP. Imported only now, after the group was made, `torch.distributed.nn` would hold the
-    group as default arguments beyond `destroy_process_group`, and gloo's threads may then abort the process at exit.
+    Whoever has one has imported FSDP. Imported only now, after the group was made, `torch.distributed.nn` would hold
+    the group by default arguments beyond `destroy_process_group`, and gloo's threads may then abort the process.
     """
     if "torch.distributed.fsdp" not in sys.modules:
         return None
