@@ -25,6 +25,7 @@ _METHOD_COLORS = {
     "auto": "#2f72d6",
     "bookkeeping": "#4aa8d8",
     "flash_clip_bk": "#3d8f9e",
+    "ghost_fsdp_bk": "#1d5c86",
     "ghost": "#7a68cf",
     "flash_clip": "#a48fdc",
     "lean": "#7d9a2c",

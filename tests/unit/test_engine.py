@@ -224,6 +224,14 @@ def test_examples_that_are_not_kept_apart_are_found(method: str, mix: Callable[[
         attach(Coupled(mix), method).accumulate(case.loss_fn, case.batch)
 
 
+def test_rounding_that_goes_by_memory_alignment_is_not_taken_for_coupling() -> None:
+    for first in range(8):
+        torch.manual_seed(first)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        case = make_case("vectors", num_examples=12)
+        attach(model, "ghost").accumulate(case.loss_fn, tuple(t[first:] for t in case.batch))  # type: ignore[union-attr]
+
+
 def test_a_loss_that_knows_one_batch_size_only_is_refused() -> None:
     case = make_case("tokens")
 
