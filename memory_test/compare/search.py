@@ -32,7 +32,8 @@ class Found:
     """One budget's result.
 
     Attributes:
-        budget_ratio: Budget over the peak of the plan that is fastest without one.
+        budget_ratio: Budget over the peak of the plan made without one, for what a step holds beyond its
+            parameters and optimizer state.
         num_plans: Plans within the budget, by predicted peak.
         chosen_ms: Median CPU time of `auto`'s plan.
         best_ms: That of the fastest.
@@ -107,19 +108,24 @@ def search(config: ExperimentConfig, budget_ratios: tuple[float | None, ...]) ->
 
     Args:
         config: A small model; its method is not used.
-        budget_ratios: Budgets over the peak of the plan that `auto` makes without one; `None`: no budget.
+        budget_ratios: Budgets over the peak of the plan that `auto` makes without one, for what a step holds beyond
+            its parameters and optimizer state; `None`: no budget.
     """
     subject = _Subject(config)
     engine = subject.attach(None)
     step = engine.known(subject.batch, subject.units)
     assert engine.plan is not None
     free, plans, found = engine.plan, list(all_plans(step, engine.plan)), []
+    engine.detach()
     for ratio in budget_ratios:
-        engine.detach()
-        budget = None if ratio is None else int(ratio * free.peak_bytes)
+        dynamic = free.peak_bytes - step.static_bytes
+        budget = None if ratio is None else step.static_bytes + int(ratio * dynamic)
+        if budget is not None and budget < min(plan.peak_bytes for plan in plans):
+            continue  # blocks have to be recomputed, and no plan here does
         engine = subject.attach(budget)
         within = [plan for plan in plans if budget is None or plan.peak_bytes <= budget]
         found.append(_compare(subject, engine, within, ratio))
+        engine.detach()
     return found
 
 
