@@ -81,9 +81,7 @@ class PerLayerEngine(GhostEngine):
     def _sum(self, losses: Tensor) -> None:
         """Hand over what was added up during the backward, while `.grad` was watched for foreign gradients."""
         while self._totals:
-            parameter, total = self._totals.popitem()
-            target = self.parameters[self._names[parameter]]
-            target.grad = total.to(target.dtype) if target.grad is None else target.grad.add_(total)
+            self._add_share(*self._totals.popitem())
 
     def _forget(self) -> None:
         super()._forget()

@@ -6,7 +6,8 @@ lengthens lives to the end of the backward, what is recomputed cuts them in two;
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, zip_longest
 from typing import Literal
 
 from dit_dp.clipping.probe import Trial, WeightCall
@@ -117,6 +118,25 @@ def _fill(curve: "Curve", cost: Cost, booked: int, stored: int, budget: int) -> 
     return Plan(batch, frozenset(keep), norms, booked, stored, peak)
 
 
+@dataclass(frozen=True)
+class _BlockBytes:
+    """A block's instants and bytes.
+
+    Attributes:
+        saved: What its forward saves.
+        edge: Its inputs; its outputs are about as large.
+        excess: By how much its backward rises above where it began.
+    """
+
+    name: str
+    forward_end: int
+    backward_start: int
+    backward_end: int
+    saved: int
+    edge: int
+    excess: int
+
+
 @dataclass
 class Curve:
     """Bytes over the instants of a step, for a physical batch.
@@ -146,7 +166,6 @@ class Curve:
         self.weights = {
             name: calls[-1] for name, calls in self._calls.items() if sum(call.positions for call in calls) > 1
         }
-        self._windows = {name: (begin, end) for name, begin, end in self._trial.windows}
 
     def _scale(self, single: float, several: int, count: int) -> int:
         """Return a size at this batch from those of one unit and of `count`."""
@@ -170,45 +189,52 @@ class Curve:
     def peak(self, keep: Iterable[str], booked: int, stored: int) -> int:
         """Return the predicted peak of a step: forward and backward, then clipped sums, then second visits."""
         keep = set(keep)
-        trial, names = self._trial, self.step.blocks
+        trial = self._trial
         delta = [0] * (trial.end + 2)
         for life, size in zip(trial.lives, self._bytes, strict=True):
             delta[life.born] += size
             delta[life.dies or trial.end] -= size
-        revisited = self._cut(delta, names, booked, stored)
+        revisited = self._cut(delta, booked, stored)
         books = self._book(delta, keep, revisited)
         live = max(accumulate(delta[: trial.end + 1]))
         return self.static + max(live, self._clip(books, revisited))
 
-    def _cut(self, delta: list[int], names: tuple[str, ...], booked: int, stored: int) -> dict[str, tuple[int, int]]:
+    def _cut(self, delta: list[int], booked: int, stored: int) -> dict[str, tuple[int, int]]:
         """Take blocks' activations away between forward and backward; return (visit, boundary) bytes of revisits."""
-        trial = self._trial
-        seen = [name for name in names if name in self._windows]
-        borders = {index for indices in trial.inputs.values() for index in indices}
         revisited = {}
-        for position, name in enumerate(seen):
-            begin, end = self._windows[name]
-            later = seen[position + 1] if position + 1 < len(seen) else None
-            start = max(
-                (call.instant for call in trial.weights if later and call.name.startswith(f"{later}.")),
-                default=trial.backward,
-            )
-            inside = [
-                index
-                for index, life in enumerate(trial.lives)
-                if begin < life.born <= end < (life.dies or trial.end) and index not in borders
-            ]
-            size = sum(self._bytes[index] for index in inside)
-            edge = sum(self._bytes[index] for index in trial.inputs.get(name, ()))  # inputs; outputs are about as large
-            last = max((call.instant for call in trial.weights if call.name.startswith(f"{name}.")), default=start)
-            if position < len(seen) - stored:
-                delta[end] -= size
-                delta[start] += size + edge
-                delta[last] -= edge
+        for position, block in enumerate(self._blocks):
+            if position < len(self._blocks) - stored:
+                delta[block.forward_end] -= block.saved
+                delta[block.backward_start] += block.saved + block.edge
+                delta[block.backward_end] -= block.edge
             if position >= booked:
-                delta[start] += edge
-                revisited[name] = (size + self._excess(start, last), 2 * edge)
+                delta[block.backward_start] += block.edge
+                revisited[block.name] = (block.saved + block.excess, 2 * block.edge)
         return revisited
+
+    @cached_property
+    def _blocks(self) -> list["_BlockBytes"]:
+        """What every plan of this batch needs to know of the blocks, in the order in which they ran."""
+        trial = self._trial
+        windows = {name: (begin, end) for name, begin, end in trial.windows}
+        names = [name for name in self.step.blocks if name in windows]
+        borders = {index for indices in trial.inputs.values() for index in indices}
+        instants = {
+            name: [call.instant for call in trial.weights if call.name.startswith(f"{name}.")] for name in names
+        }
+        found = []
+        for name, later in zip_longest(names, names[1:]):
+            begin, end = windows[name]
+            start = max(instants[later] if later else [], default=trial.backward)
+            last = max(instants[name], default=start)
+            saved = sum(
+                size
+                for index, (life, size) in enumerate(zip(trial.lives, self._bytes, strict=True))
+                if begin < life.born <= end < (life.dies or trial.end) and index not in borders
+            )
+            edge = sum(self._bytes[index] for index in trial.inputs.get(name, ()))
+            found.append(_BlockBytes(name, end, start, last, saved, edge, self._excess(start, last)))
+        return found
 
     def _excess(self, start: int, last: int) -> int:
         """Return by how much a stretch of the backward rises above where it began."""

@@ -252,8 +252,11 @@ class WatchedEngine(Engine):
 
     def _deposit(self, parameter: nn.Parameter, total: Tensor) -> None:
         """Add a clipped sum of the parameter's full shape to the gradient, or this rank's share of all ranks'."""
+        self._add_share(parameter, self.ranks.share(self.parameters[self._names[parameter]], total))
+
+    def _add_share(self, parameter: nn.Parameter, share: Tensor) -> None:
+        """Add this rank's share of a clipped sum to the gradient."""
         target = self.parameters[self._names[parameter]]
-        share = self.ranks.share(target, total)
         target.grad = share.to(target.dtype) if target.grad is None else target.grad.add_(share)
 
     def _forget(self) -> None:

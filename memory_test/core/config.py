@@ -148,32 +148,30 @@ class ExperimentConfig:
                 "data", self.data, "synthetic", "digits are pixels, so they need --in-channels 3"
             )
         if self.dtype == "bf16" and not METHODS[self.experiment].supports_autocast:
-            accepted = ", ".join(name for name, method in METHODS.items() if method.supports_autocast)
             raise UsageError.for_value(
                 "dtype",
                 self.dtype,
                 "float32",
-                f"{self.experiment} multiplies bf16 gradients by float32 weights; methods that run in bf16: {accepted}",
+                f"{self.experiment} multiplies bf16 gradients by float32 weights; "
+                f"methods that run in bf16: {_methods_with('supports_autocast')}",
             )
         if self.activation_checkpointing and not METHODS[self.experiment].supports_checkpointing:
-            accepted = ", ".join(name for name, method in METHODS.items() if method.supports_checkpointing)
             raise UsageError.for_value(
                 "activation_checkpointing",
                 True,
                 "False",
                 f"{self.experiment} keeps layer inputs by forward hooks, which run twice under it; "
-                f"methods that support it: {accepted}",
+                f"methods that support it: {_methods_with('supports_checkpointing')}",
             )
         if self.memory_budget_gib is not None and not METHODS[self.experiment].takes_memory_budget:
             raise UsageError.for_value("memory_budget_gib", self.memory_budget_gib, "None", no_budget(self.experiment))
         if self.compile and not METHODS[self.experiment].supports_compile:
-            accepted = ", ".join(name for name, method in METHODS.items() if method.supports_compile)
             raise UsageError.for_value(
                 "compile",
                 True,
                 "False",
                 f"{self.experiment} swaps parameters for a subclass during each call, which a compiled model does not "
-                f"see; methods that support it: {accepted}",
+                f"see; methods that support it: {_methods_with('supports_compile')}",
             )
 
     @property
@@ -246,8 +244,12 @@ class ExperimentConfig:
 
 def no_budget(method: str) -> str:
     """Return why a method cannot be given a memory budget, and which methods can."""
-    takers = ", ".join(name for name, entry in METHODS.items() if entry.takes_memory_budget) or "none"
-    return f"{method} takes no memory budget; methods that do: {takers}"
+    return f"{method} takes no memory budget; methods that do: {_methods_with('takes_memory_budget')}"
+
+
+def _methods_with(ability: str) -> str:
+    """Return the names of the methods that have an ability, a field of `Method`."""
+    return ", ".join(name for name, method in METHODS.items() if getattr(method, ability)) or "none"
 
 
 _HINTS = get_type_hints(ExperimentConfig)
