@@ -12,6 +12,7 @@ from torch.profiler import record_function
 from dit_dp import validate
 from dit_dp.clipping.batch import Batch, LossFn, check_losses, num_rows, trainable_parameters
 from dit_dp.clipping.contributions import HALF
+from dit_dp.clipping.noise import entropy_size, generator_of
 from dit_dp.clipping.ranks import Ranks
 from dit_dp.clipping.units import Units
 from dit_dp.errors import EngineStateError, UsageError
@@ -257,8 +258,8 @@ class Engine(ABC):
     def _own_generator(self) -> torch.Generator:
         """Return the engine's noise source, made on first use with entropy of the operating system."""
         if self._generator is None:
-            self._generator = torch.Generator(device=next(iter(self.parameters.values())).device)
-            self._generator.manual_seed(self.ranks.seed())
+            device = next(iter(self.parameters.values())).device
+            self._generator = generator_of(self.ranks.entropy(entropy_size(device)), device)
         return self._generator
 
     @contextlib.contextmanager

@@ -38,9 +38,9 @@ class Ranks:
     def leave(self) -> None:
         """Undo `enter`."""
 
-    def seed(self) -> int:
-        """Return 63 bits from the operating system, the same on every rank."""
-        return secrets.randbits(63)
+    def entropy(self, size: int) -> bytes:
+        """Return random bytes from the operating system, the same on every rank."""
+        return secrets.token_bytes(size)
 
     def all_agree(self, yes: bool) -> bool:
         """Return whether every rank that runs in step says yes."""
@@ -105,9 +105,9 @@ class Replicas(Ranks):
             for group in self._groups:
                 dist.broadcast(tensor.detach(), group=group, group_src=0)
 
-    def seed(self) -> int:
+    def entropy(self, size: int) -> bytes:
         """Return the first rank's."""
-        drawn = [super().seed()]
+        drawn = [super().entropy(size)]
         for group in self._groups:
             dist.broadcast_object_list(drawn, group=group, group_src=0)
         return drawn[0]
