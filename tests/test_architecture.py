@@ -18,6 +18,7 @@ LAYERS = [
     {"memory_test.core"},
     {"memory_test.sweep", "memory_test.report", "memory_test.inspection"},
     {"memory_test.compare"},
+    {"memory_test.predict"},
     {"memory_test.doctor"},
     {"memory_test.cli"},
     {"memory_test.diffusion_profile"},

@@ -17,6 +17,7 @@ from dit_dp.clipping.batch import Batch, LossFn, tensors_of
 from dit_dp.clipping.bookkeeping import BookRule
 from dit_dp.clipping.contributions import Outer
 from dit_dp.clipping.costs import measured
+from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.lean import LeanEngine
 from dit_dp.clipping.planner import Plan, Step, make_plan
 from dit_dp.clipping.units import Units
@@ -137,8 +138,8 @@ class AutoEngine(LeanEngine):
     def _make_plan(self, batch: Batch, units: Units) -> Plan:
         step = self.known(batch, units)
         first = next(iter(self.model_parameters.values()))
-        self._budget = self.memory_budget or step.static_bytes + int(FREE_SHARE * _free_bytes(first.device))
-        plan = make_plan(step, self._budget, measured(first.device, first.dtype))
+        self._budget = self.memory_budget or step.static_bytes + int(FREE_SHARE * hardware().free_bytes(first.device))
+        plan = make_plan(step, self._budget, hardware().rule_seconds or measured(first.device, first.dtype))
         if self.memory_budget is not None and plan.peak_bytes > self.memory_budget:
             raise UsageError.for_value(
                 "memory_budget",
@@ -166,13 +167,3 @@ class AutoEngine(LeanEngine):
             "memory_budget_bytes": self._budget,
             "predicted_peak_bytes": self._plan.peak_bytes,
         }
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Return what may still be allocated on a device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    import psutil
-
-    return int(psutil.virtual_memory().available)

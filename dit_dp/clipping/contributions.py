@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.launch import sums_by_kernel, weighted_sum
 from dit_dp.clipping.units import Units
 
@@ -45,7 +46,7 @@ def bmm_float32(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.dtype not in HALF:
         return torch.bmm(a, b)
-    if a.is_cuda:
+    if hardware().is_cuda(a):
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
 
@@ -77,7 +78,7 @@ class Outer:
             a, g = float32(self.a), float32(self.g)
             return a.square().sum((1, 2)) * g.square().sum((1, 2))
         scratch = 8 * _block(positions) * positions if rule == "ghost" else 4 * width * self.g.shape[2]
-        together = max(1, SCRATCH_BYTES[self.a.is_cuda] // scratch)
+        together = max(1, SCRATCH_BYTES[hardware().is_cuda(self.a)] // scratch)
         norms = _ghost_norms if rule == "ghost" else _direct_norms
         parts = [
             norms(self.a[start : start + together], self.g[start : start + together])
@@ -192,8 +193,15 @@ class Direct:
         return float32(self.value).reshape(len(self.value), -1).square().sum(1)
 
     def rowwise_squared_norms(self) -> Tensor:
-        """Return the same without a copy, one product an example: for values as large as a weight."""
-        return torch.stack([row.dot(row) for row in float32(self.value).flatten(1)])
+        """Return the same without a copy: for values as large as a weight.
+
+        A CPU is fastest at one product an example, a GPU at one reduction of all.
+        """
+        value = float32(self.value).flatten(1)
+        if hardware().is_cuda(value):
+            norms: Tensor = torch.linalg.vector_norm(value, dim=1)
+            return norms.square()
+        return torch.stack([row.dot(row) for row in value])
 
     def add_clipped(self, grad: Tensor | None, factors: Tensor, shape: torch.Size, keep: Tensor | None) -> Tensor:
         """Return ``grad + sum_i c_i value_i``."""

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from dit_dp import validate
 from dit_dp.clipping.batch import Batch, LossFn, check_losses, num_rows, trainable_parameters
@@ -21,14 +20,6 @@ LayerRule = Literal[
     "ghost", "direct", "outer product", "keep", "embedding", "broadcast", "functorch", "expanded weights", "none"
 ]
 """How a layer's per-example norm is obtained; `none`: the method cannot run on it."""
-
-MEMORY_SCOPE = "dit_dp.clipping"
-"""Name of the profiler range in which buffers for norms are allocated, so that meters can attribute them."""
-
-
-def memory_scope() -> contextlib.AbstractContextManager[object]:
-    """Return a profiler range for norm and Gram buffers; nothing at all, and no cost, where no profiler runs."""
-    return record_function(MEMORY_SCOPE) if torch._C._autograd._profiler_enabled() else contextlib.nullcontext()
 
 
 def _ignore_phase(phase: str) -> None:

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from dit_dp.clipping.hardware import hardware
 from dit_dp.errors import UsageError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +27,7 @@ PROGRAMS = 264
 
 def runs_kernels(operand: Tensor) -> bool:
     """Return whether the kernels take such operands: on CUDA, or under Triton's interpreter."""
-    wanted = operand.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    wanted = hardware().is_cuda(operand) or os.environ.get("TRITON_INTERPRET") == "1"
     return wanted and operand.dtype in DTYPES
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dit_dp.clipping.batch import Batch, LossFn, check_losses, clip_factors, gradients_of
 from dit_dp.clipping.contributions import float32
 from dit_dp.clipping.engine import Engine, LayerRule
+from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.rules import COUPLED
 from dit_dp.clipping.units import Units
 from dit_dp.errors import EngineStateError, UnsupportedModelError
@@ -63,7 +64,7 @@ class MicrobatchEngine(Engine):
         squares = [g.dot(g).reshape(1) for g in flat]
         norm = torch.cat(squares).sum(0, keepdim=True).sqrt() if squares else losses.new_zeros(1)
         factor = clip_factors(norm, self.max_grad_norm)[0]  # scalar parameters take no other
-        if not bool(torch.isfinite(norm)):
+        if not hardware().holds(torch.isfinite(norm), usually=True):
             self.num_dropped += 1
         else:
             for parameter, gradient in zip(self.parameters.values(), found, strict=True):

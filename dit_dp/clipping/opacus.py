@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dit_dp.clipping.batch import Batch, LossFn
 from dit_dp.clipping.contributions import HALF, float32
-from dit_dp.clipping.engine import Engine, LayerRule, memory_scope
+from dit_dp.clipping.engine import Engine, LayerRule
+from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.peer_checks import (
     LACKS_BIAS,
     FirstForward,
@@ -36,7 +37,7 @@ def _scoped(base: type) -> type:
 
     class Scoped(base):  # type: ignore[misc]
         def capture_backprops_hook(self, *args: Any, **kwargs: Any) -> Any:
-            with memory_scope():
+            with hardware().norm_scope():
                 return super().capture_backprops_hook(*args, **kwargs)
 
     return Scoped

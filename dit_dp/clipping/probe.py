@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from dit_dp.clipping.batch import Batch, LossFn, check_losses, map_tensors, num_rows
 from dit_dp.clipping.contributions import Contribution, Direct, Outer
+from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.units import ROW_TO_UNIT, Units
 from dit_dp.errors import CoupledExamplesError
 
@@ -164,7 +165,7 @@ class Prober:
                 self._trial.backward = self._log.now
                 if not alone:
                     torch.autograd.backward(losses, torch.ones_like(losses))
-                elif self._all_agree(bool(torch.isfinite(losses).all())):
+                elif self._all_agree(hardware().holds(torch.isfinite(losses).all(), usually=True)):
                     self._differentiate_each(losses, inputs, some)
         finally:
             self._alone = None
@@ -205,7 +206,7 @@ class Prober:
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
             both, *twice, again = [loss_fn(model, each).detach() for each in (pair, *twins, pair)]
             for unit in range(2):
-                if not _same(both[unit], twice[unit][unit]) and _same(both, again):
+                if _differ(both[unit], twice[unit][unit]) and not _differ(both, again):
                     raise CoupledExamplesError(
                         f"model: the loss of one example changes from {float(both[unit]):.6g} to "
                         f"{float(twice[unit][unit]):.6g} when another's rows are exchanged, so no per-example gradient "
@@ -226,9 +227,9 @@ class Prober:
         """Refuse a gradient, (U, ...), in which rows other than the one unit's are not exactly zero."""
         if self._alone is None or len(gradient) <= self._alone:
             return
-        others = torch.arange(len(gradient)) != self._alone
-        reached = gradient[others.to(gradient.device)].nan_to_num(nan=0.0)  # zero times an infinite derivative is NaN
-        if bool(reached.any()):
+        others = torch.cat([gradient[: self._alone], gradient[self._alone + 1 :]])
+        reached = others.nan_to_num(nan=0.0)  # zero times an infinite derivative is NaN
+        if hardware().holds(reached.any(), usually=False):
             raise CoupledExamplesError(
                 f"model: the loss of one example depends on another's rows (seen at {where}), so no per-example "
                 f"gradient exists; take out what mixes the batch, such as BatchNorm or a mean over the first dimension"
@@ -272,9 +273,9 @@ def _nonzero_rows(part: Contribution) -> Tensor:
     return part.value if isinstance(part, Direct) else part.g
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two losses are the same bits; not a number is one."""
-    return torch.equal(one.nan_to_num(), other.nan_to_num())
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Return whether two losses are not the same bits; not a number is one."""
+    return hardware().holds((one.nan_to_num() != other.nan_to_num()).any(), usually=False)
 
 
 def _leaves(batch: Batch) -> list[Tensor | None]:

@@ -46,7 +46,7 @@ class Ranks:
         """Return whether every rank that runs in step says yes."""
         return yes
 
-    def require_same(self, generator: torch.Generator, **values: float) -> None:
+    def require_same(self, generator: torch.Generator | None, **values: float) -> None:
         """Refuse a source of noise, or other arguments, that are not the same on every rank."""
 
     def same(self, parameter: Tensor, attached: Tensor | None) -> bool:
@@ -121,13 +121,14 @@ class Replicas(Ranks):
             found = [value for values in lists for value in values]
         return found
 
-    def require_same(self, generator: torch.Generator, **values: float) -> None:
+    def require_same(self, generator: torch.Generator | None, **values: float) -> None:
         """Compare a fingerprint of the generator's state, and the other values.
 
         Raises:
             UsageError: On every rank, if any rank's differs.
         """
-        fingerprint = hashlib.sha256(generator.get_state().numpy().tobytes()).hexdigest()
+        state = b"" if generator is None else generator.get_state().numpy().tobytes()
+        fingerprint = hashlib.sha256(state).hexdigest()
         found = self._gather({**values, "generator": fingerprint})
         for name in (*values, "generator"):
             different = {rank[name] for rank in found}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_dp.clipping.contributions import Contribution, Direct, float32
-from dit_dp.clipping.engine import memory_scope
+from dit_dp.clipping.hardware import hardware
 
 
 class Receiver(Protocol):
@@ -35,7 +35,7 @@ class _PerExample(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
         (g,) = gradients
-        with torch._C.DisableTorchFunction(), memory_scope():
+        with torch._C.DisableTorchFunction(), hardware().norm_scope():
             ctx.reading.receive(g)
         return None, None, None
 

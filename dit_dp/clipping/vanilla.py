@@ -37,7 +37,7 @@ class VanillaEngine(Engine):
         self, noise_multiplier: float, expected_batch_size: float, generator: torch.Generator | None
     ) -> None:
         require_no_noise(noise_multiplier)
-        self.ranks.require_same(self._own_generator(), expected_batch_size=expected_batch_size)
+        self.ranks.require_same(None, expected_batch_size=expected_batch_size)
         scale = (self._divisor or 1) / expected_batch_size
         for name, parameter in self.parameters.items():
             own = self.model_parameters[name]

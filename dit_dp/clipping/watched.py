@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from dit_dp.clipping.batch import Batch, LossFn, clip_factors
 from dit_dp.clipping.compiled import compiling, outside_graphs, uncompiled, walking_twice
 from dit_dp.clipping.contributions import Contribution
-from dit_dp.clipping.engine import Engine, LayerRule, memory_scope
+from dit_dp.clipping.engine import Engine, LayerRule
+from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.probe import Prober, Trial
 from dit_dp.clipping.raw import RawParameters, raw_parameters
 from dit_dp.clipping.rules import COUPLED, Rule, rule_for
@@ -234,10 +235,10 @@ class WatchedEngine(Engine):
         assert self._squares is not None
         norms = self._squares.sqrt()
         finite = torch.isfinite(norms)
-        dropped = len(norms) - int(finite.sum())
-        self.num_dropped += dropped
+        self._keep = None if hardware().holds(finite.all(), usually=True) else finite
+        if self._keep is not None:
+            self.num_dropped += int((~finite).sum())
         self._factors = clip_factors(norms, self.max_grad_norm)
-        self._keep = finite if dropped else None
         return norms
 
     def _add(self, parameter: nn.Parameter, part: Contribution) -> None:
@@ -289,7 +290,7 @@ class WatchedEngine(Engine):
 
     def observe(self, layer: WatchedLayer, x: Tensor, g: Tensor) -> None:
         """Take what one call of a layer contributes."""
-        with memory_scope():
+        with hardware().norm_scope():
             parts = layer.rule.contributions(layer.module, x, g)
             for parameter, part in zip((layer.weight, layer.bias), parts, strict=True):
                 if parameter is not None and part is not None:

@@ -55,6 +55,33 @@ def markdown_page(name: str, comparisons: list[Comparison], figures: dict[str, s
     return "\n\n".join(parts) + "\n"
 
 
+def summary(comparisons: list[Comparison]) -> str:
+    """Return one Markdown table of all configurations: time ratio without the noise (with it) / memory ratio."""
+    found = {c.name: {contender.label: contender for contender in c.contenders} for c in comparisons}
+    labels = list(dict.fromkeys(label for contenders in found.values() for label in contenders))
+    errors: dict[str, float] = {}
+    for contenders in found.values():
+        for label, contender in contenders.items():
+            if contender.gradient_error is not None:
+                errors[label] = max(errors.get(label, 0.0), contender.gradient_error)
+    rows = [
+        [label, *(_brief(found[name].get(label)) for name in found), f"{errors[label]:.1e}" if label in errors else "—"]
+        for label in labels
+    ]
+    lines = [f"- {comparison.name}: {escape(subject(comparison))}" for comparison in comparisons]
+    table = markdown_table(["contender", *found, "gradient error"], rows, (0,))
+    return "\n\n".join([table, "\n".join(lines), escape(environment_line(comparisons[0].environment))]) + "\n"
+
+
+def _brief(contender: Contender | None) -> str:
+    if contender is None:
+        return ""
+    if contender.time_ratio is None or contender.time_ratio_without_noise is None or contender.memory_ratio is None:
+        return contender.status
+    without, whole = contender.time_ratio_without_noise.median, contender.time_ratio.median
+    return f"{without:.2f} ({whole:.2f}) / {contender.memory_ratio:.2f}"
+
+
 def terminal_page(comparison: Comparison) -> str:
     """Return one configuration as aligned plain text."""
     table = plain_table(HEADINGS, [_row(c) for c in comparison.contenders], LEFT)

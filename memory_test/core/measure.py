@@ -16,7 +16,7 @@ from dit_dp.training import make_optimizer, train_step
 from memory_test.core import breakdown as logs
 from memory_test.core.meters import END, Clock, MemoryReading, Meter, Times, memory_meter
 from memory_test.core.schema import PHASES, PhaseRecord, Repeat
-from memory_test.core.workload import build_data, build_model, engine_options, loss_function
+from memory_test.core.workload import Data, build_data, build_model, engine_options, loss_function
 
 Gate = Callable[[int], None]
 """Awaited before a step, told its number."""
@@ -47,14 +47,14 @@ def measure(resolved: dict[str, Any], on_progress: Callable[[str], None]) -> Mea
     gc.collect()
     release(resolved["device"])
     reading, found = _memory_pass(resolved, on_progress)
-    return Measured(_summarise(reading, times, steady, peak_rss), {**choices, **found})
+    return Measured(summarise(reading, times, steady, peak_rss), {**choices, **found})
 
 
 def measure_memory(resolved: dict[str, Any], on_progress: Callable[[str], None]) -> Measured:
     """Take the memory pass alone; the result has no times. Arguments as for `measure`."""
     torch.set_num_threads(resolved["num_threads"])
     reading, choices = _memory_pass(resolved, on_progress)
-    return Measured(_summarise(reading, Times({}, {}, {}), range(0), None), choices)
+    return Measured(summarise(reading, Times({}, {}, {}), range(0), None), choices)
 
 
 def time_steps(
@@ -87,7 +87,12 @@ def _memory_pass(resolved: dict[str, Any], on_progress: Callable[[str], None]) -
 
 
 def run_loop(
-    resolved: dict[str, Any], meter: Meter, num_steps: int, on_progress: Callable[[str], None], gate: Gate | None = None
+    resolved: dict[str, Any],
+    meter: Meter,
+    num_steps: int,
+    on_progress: Callable[[str], None],
+    gate: Gate | None = None,
+    data: Data | None = None,
 ) -> dict[str, Any]:
     """Build everything and take `num_steps` steps, telling the meter of every phase.
 
@@ -97,6 +102,7 @@ def run_loop(
         num_steps: Steps to take.
         on_progress: Told of every phase.
         gate: Called with the number of each step before it begins, between phases; may wait.
+        data: Where batches come from; default: what the configuration names.
 
     Returns:
         What was chosen automatically, and parameter counts.
@@ -110,7 +116,7 @@ def run_loop(
     announce("model")
     engine, optimizer = _build(resolved, announce)
     announce("input")
-    data = build_data(resolved)
+    data = data or build_data(resolved)
     loss_fn = loss_function(data, resolved["dtype"])
     batch: dict[str, Tensor] = {}
     meter.hold(lambda: _holdings(engine, optimizer, batch))
@@ -173,7 +179,7 @@ def _choices(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _summarise(reading: MemoryReading, times: Times, steady: range, peak_rss: int | None) -> Repeat:
+def summarise(reading: MemoryReading, times: Times, steady: range, peak_rss: int | None) -> Repeat:
     """Put one process's observations into a record."""
     log = reading.log
     totals = logs.running_total(log.events)

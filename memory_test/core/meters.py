@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dit_dp.clipping.engine import MEMORY_SCOPE
+from dit_dp.clipping.hardware import NORM_SCOPE
 from memory_test.core.breakdown import Event, Log, Mark, Tag
 from memory_test.core.nvml import DeviceUse, device_use
 
@@ -141,8 +141,8 @@ class MemoryMeter(Meter):
         self._note_position(len(self._steps), step, phase)
         if self._holdings is not None:
             for category, tensor in self._holdings():
-                address = tensor.untyped_storage().data_ptr()
-                if address:
+                address = self._address(tensor)
+                if address is not None:
                     self._tags.append(Tag(len(self._steps), address, category))
         self._steps.append((step, phase))
 
@@ -153,6 +153,10 @@ class MemoryMeter(Meter):
     @abstractmethod
     def __exit__(self, *error: Any) -> None:
         """Stop watching."""
+
+    def _address(self, tensor: Tensor) -> int | None:
+        """Return the address of a tensor's storage in the log; `None` if it is not there."""
+        return tensor.untyped_storage().data_ptr() or None
 
     @abstractmethod
     def _note_position(self, index: int, step: int, phase: str) -> None:
@@ -198,7 +202,7 @@ class CpuMemoryMeter(MemoryMeter):
                 found.append((node.start_time_ns, int(name[len(self._PREFIX) :]), None))
             elif name.startswith("aten::_scaled_dot_product"):
                 kernels.add(name.removeprefix("aten::"))
-            scope = scope or name == MEMORY_SCOPE
+            scope = scope or name == NORM_SCOPE
             stack.extend((child, scope) for child in node.children)
         found.sort(key=lambda item: item[0])
         events: list[Event] = []

@@ -1,0 +1,66 @@
+"""What engines ask about the device they run on, so that a step can be imagined on a device that is not there.
+
+A prediction runs the same engines on tensors without data, that stand for another device's. It answers here in that
+device's place.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+NORM_SCOPE = "dit_dp.clipping"
+"""Name of the profiler range in which buffers for norms are allocated, so that meters can attribute them."""
+
+
+class Hardware:
+    """The devices that tensors say they are on.
+
+    Attributes:
+        rule_seconds: What a norm rule costs, ``(rule, units, call) -> seconds``; `None`: it is measured.
+    """
+
+    rule_seconds: Callable[[str, int, Any], float] | None = None
+
+    def is_cuda(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is on CUDA."""
+        return tensor.is_cuda
+
+    def free_bytes(self, device: torch.device) -> int:
+        """Return what may still be allocated on a device."""
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+
+    def holds(self, condition: Tensor, *, usually: bool) -> bool:
+        """Return whether a tensor of one bool is true; where tensors hold no data, the usual answer."""
+        return bool(condition)
+
+    def norm_scope(self) -> contextlib.AbstractContextManager[object]:
+        """Return a profiler range for norm and Gram buffers; nothing at all, and no cost, where no profiler runs."""
+        return record_function(NORM_SCOPE) if torch._C._autograd._profiler_enabled() else contextlib.nullcontext()
+
+
+_hardware = Hardware()
+
+
+def hardware() -> Hardware:
+    """Return who answers."""
+    return _hardware
+
+
+@contextlib.contextmanager
+def imagined(other: Hardware) -> Iterator[None]:
+    """Have another answer meanwhile."""
+    global _hardware
+    before, _hardware = _hardware, other
+    try:
+        yield
+    finally:
+        _hardware = before

@@ -1,0 +1,161 @@
+"""The catalogue of cards: what a prediction needs to know of a GPU."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dit_dp.errors import UsageError
+from memory_test.core.units import GIB, MIB
+
+CONTEXT_BYTES = 600 * MIB
+"""What a process holds on a card before its first tensor: CUDA's context and kernels. Not yet measured on a GPU."""
+
+
+Attention = Literal["auto", "cudnn", "flash", "efficient", "math"]
+"""An attention kernel, or the one torch picks."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU.
+
+    Attributes:
+        name: As the catalogue spells it.
+        memory_bytes: What the driver reports as its total, less than the label says.
+        num_sms, threads_per_sm: Streaming multiprocessors, and resident threads of each.
+        major, minor: Compute capability.
+        bandwidth: Bytes a second of its memory.
+        float32, tf32, bf16: Dense FLOP a second: of its cores, and of its tensor cores by operand; 0: it has none.
+        context_bytes: Held before the first tensor.
+        attention: Kernel to take for granted, or ``auto``: the one torch picks.
+        source: Where the numbers are from.
+    """
+
+    name: str
+    memory_bytes: int
+    num_sms: int
+    threads_per_sm: int
+    major: int
+    minor: int
+    bandwidth: float
+    float32: float
+    tf32: float
+    bf16: float
+    context_bytes: int = CONTEXT_BYTES
+    attention: Attention = "auto"
+    source: str = ""
+
+    @property
+    def usable_bytes(self) -> int:
+        """What is left to the allocator."""
+        return self.memory_bytes - self.context_bytes
+
+
+def _card(name: str, gib: float, sms: int, threads: int, capability: str, rates: str, source: str) -> Card:
+    bandwidth, float32, tf32, bf16 = (float(rate) for rate in rates.split())
+    major, minor = (int(part) for part in capability.split("."))
+    return Card(
+        name=name,
+        memory_bytes=int(gib * GIB),
+        num_sms=sms,
+        threads_per_sm=threads,
+        major=major,
+        minor=minor,
+        bandwidth=bandwidth * 1e9,
+        float32=float32 * 1e12,
+        tf32=tf32 * 1e12,
+        bf16=bf16 * 1e12,
+        source=source,
+    )
+
+
+_H = "NVIDIA H100 Tensor Core GPU datasheet (dense rates: half of those with sparsity)"
+_A = "NVIDIA A100 Tensor Core GPU datasheet"
+_ADA = "NVIDIA Ada GPU architecture whitepaper, appendix A"
+_AMPERE = "NVIDIA Ampere GA102 GPU architecture whitepaper, appendix A"
+
+CARDS: dict[str, Card] = {
+    card.name: card
+    for card in (
+        #      name          GiB   SMs thr.  cap.   GB/s  TFLOP/s: float32, TF32, bf16
+        _card("H200-141GB", 139.81, 132, 2048, "9.0", "4800 67 494 989", "NVIDIA H200 Tensor Core GPU datasheet"),
+        _card("H100-80GB", 79.10, 132, 2048, "9.0", "3350 67 494 989", _H),
+        _card("H100-PCIe-80GB", 79.10, 114, 2048, "9.0", "2000 51 378 756", _H),
+        _card("A100-80GB", 79.14, 108, 2048, "8.0", "2039 19.5 156 312", _A),
+        _card("A100-40GB", 39.50, 108, 2048, "8.0", "1555 19.5 156 312", _A),
+        _card("L40S-48GB", 44.40, 142, 1536, "8.9", "864 91.6 183 362", "NVIDIA L40S datasheet"),
+        _card("RTX-6000-Ada-48GB", 47.50, 142, 1536, "8.9", "960 91.1 182 364", _ADA),
+        _card("A6000-48GB", 47.53, 84, 1536, "8.6", "768 38.7 77.4 154.8", _AMPERE),
+        _card("RTX-4090-24GB", 23.64, 128, 1536, "8.9", "1008 82.6 82.6 165.2", _ADA),
+        _card("RTX-3090-24GB", 23.69, 82, 1536, "8.6", "936 35.6 35.6 71", _AMPERE),
+        _card("A10G-24GB", 22.06, 80, 1536, "8.6", "600 31.2 35 70", "NVIDIA A10 datasheet; AWS G5 memory"),
+        _card("V100-32GB", 31.73, 80, 2048, "7.0", "900 15.7 0 0", "NVIDIA V100 datasheet"),
+        _card("T4-16GB", 14.75, 40, 1024, "7.5", "320 8.1 0 0", "NVIDIA T4 datasheet"),
+    )
+}
+"""By name. Memory is the total that torch reports for the card; rates are the vendor's."""
+
+
+def find_card(name: str) -> Card:
+    """Return a card by its name, by its memory alone (``24GB``), or as ``custom:key=value,...``.
+
+    A card known by its memory alone has an H100's other properties, and step times for it mean nothing.
+
+    Raises:
+        UsageError: There is no such card, with what is accepted.
+    """
+    by_name = {card.lower(): card for card in CARDS}
+    if name.lower() in by_name:
+        return CARDS[by_name[name.lower()]]
+    if name.lower().startswith("custom:"):
+        return _custom(name[len("custom:") :])
+    size = name.upper().removesuffix("IB").removesuffix("B")
+    if size[-1:] == "G" and _is_number(size[:-1]):
+        if float(size[:-1]) <= 0:
+            raise UsageError.for_value("gpu", name, "a card with memory")
+        return dataclasses.replace(
+            CARDS["H100-80GB"], name=name, memory_bytes=int(float(size[:-1]) * GIB), source="memory as asked for"
+        )
+    raise UsageError.for_value(
+        "gpu", name, [*CARDS, "24GB (any size)", "custom:memory=24,sms=128,..."], "--list-gpus says more"
+    )
+
+
+_CUSTOM: dict[str, tuple[str, float]] = {
+    "memory": ("memory_bytes", GIB),
+    "sms": ("num_sms", 1),
+    "threads": ("threads_per_sm", 1),
+    "major": ("major", 1),
+    "minor": ("minor", 1),
+    "bandwidth": ("bandwidth", 1e9),
+    "float32": ("float32", 1e12),
+    "tf32": ("tf32", 1e12),
+    "bf16": ("bf16", 1e12),
+    "context": ("context_bytes", MIB),
+}
+"""Keys of a custom card: the attribute and the unit (GiB, counts, GB/s, TFLOP/s, MiB)."""
+
+
+def _custom(text: str) -> Card:
+    """Return an H100 changed as asked."""
+    changes: dict[str, Any] = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        if key not in _CUSTOM or not _is_number(value) or float(value) < 0:
+            raise UsageError.for_value(
+                "gpu", f"custom:{text}", [f"{key}=NUMBER" for key in _CUSTOM], "all optional but memory"
+            )
+        attribute, unit = _CUSTOM[key]
+        kind = float if attribute in ("bandwidth", "float32", "tf32", "bf16") else int
+        changes[attribute] = kind(float(value) * unit)
+    if not changes.get("memory_bytes"):
+        raise UsageError.for_value("gpu", f"custom:{text}", "custom:memory=GIB,...", "say how much memory it has")
+    return dataclasses.replace(CARDS["H100-80GB"], name=f"custom:{text}", source="as asked for", **changes)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,112 @@
+"""From a trace to what an allocator would have held: block sizes, peaks by phase, the card's limit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memory_test.core.breakdown import Event, Log, Mark, Tag
+from memory_test.predict.allocator import AllocatorSettings, Block, CachingAllocator, Recorder
+from memory_test.predict.trace import EMPTY_CACHE, Trace
+
+Peaks = dict[tuple[int, str], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The beginning of a phase, before the event at `position`."""
+
+    position: int
+    step: int
+    phase: str
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What an allocator held.
+
+    Attributes:
+        sizes: Block size by storage; 0 where nothing was allocated.
+        peaks: (allocated, reserved) bytes by (step, phase).
+        num_retries: How often cached segments were given back for want of memory.
+    """
+
+    sizes: list[int]
+    peaks: Peaks
+    num_retries: int
+
+
+def replay(
+    trace: Trace,
+    places: Sequence[Place],
+    *,
+    sizes: Sequence[int] | None = None,
+    settings: AllocatorSettings | None = None,
+    capacity_bytes: int | None = None,
+    record: Recorder | None = None,
+) -> Replayed:
+    """Run a trace through a model of CUDA's caching allocator.
+
+    Args:
+        trace: Storages and events.
+        places: Where phases begin.
+        sizes: Bytes by storage; default: the trace's own.
+        settings: Of the allocator.
+        capacity_bytes: What the card leaves to it; default: no limit.
+        record: Told of the allocator's every action.
+
+    Raises:
+        OutOfMemoryError: The card is too small.
+    """
+    asked = [storage.num_bytes for storage in trace.storages] if sizes is None else sizes
+    allocator = CachingAllocator(settings, capacity_bytes, record)
+    blocks: list[Block | None] = [None] * len(trace.storages)
+    held = [0] * len(trace.storages)
+    peaks: Peaks = {}
+    begins = [place.position for place in places] + [len(trace.events)]
+
+    def run(start: int, end: int) -> None:
+        for index in trace.events[start:end]:
+            if index == EMPTY_CACHE:
+                allocator.empty_cache()
+            elif asked[index] > 0:
+                block = blocks[index]
+                if block is None:
+                    block = blocks[index] = allocator.malloc(asked[index])
+                    held[index] = block.size
+                else:
+                    allocator.free(block)
+
+    run(0, begins[0])
+    for place, start, end in zip(places, begins, begins[1:], strict=False):
+        allocator.reset_peaks()
+        run(start, end)
+        key = (place.step, place.phase)
+        before = peaks.get(key, (0, 0))
+        peaks[key] = (max(before[0], allocator.peak_allocated), max(before[1], allocator.peak_reserved))
+    return Replayed(held, peaks, allocator.num_retries)
+
+
+def as_log(
+    trace: Trace, sizes: Sequence[int], places: Sequence[Place], tags: Sequence[Tag], seconds: Sequence[float]
+) -> Log:
+    """Return the trace as a memory pass's log.
+
+    Args:
+        trace: Storages and events.
+        sizes: Bytes by storage.
+        places: Where phases begin.
+        tags: Whose `address` is the storage's index.
+        seconds: When each event happens.
+    """
+    events, positions, seen = [], [0], set[int]()
+    for index, when in zip(trace.events, seconds, strict=True):
+        if index != EMPTY_CACHE and sizes[index] > 0:
+            sign = -1 if index in seen else 1
+            seen.add(index)
+            events.append(Event(when, index, sign * sizes[index], trace.storages[index].scope))
+        positions.append(len(events))
+    last = seconds[-1] if seconds else 0.0
+    marks = [
+        Mark(positions[p.position], seconds[p.position] if p.position < len(seconds) else last, p.step, p.phase)
+        for p in places
+    ]
+    return Log(events, marks, tags)

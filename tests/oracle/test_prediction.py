@@ -1,0 +1,64 @@
+"""A predicted peak against the allocator's true one, on the CPU, where every method can be measured."""
+
+from typing import Any
+
+import pytest
+
+from dit_dp.clipping import METHODS
+from memory_test.core.config import ExperimentConfig
+from memory_test.core.measure import measure_memory
+from memory_test.predict.predict import imagined_run, predict_memory
+
+MOST = {"peak_allocated_bytes": 0.005, "first_step_peak_allocated_bytes": 0.01}
+"""Largest relative errors: what operations allocate inside is not seen; in a first step's trials it shows most."""
+
+METHODS_HERE = [name for name, method in METHODS.items() if not method.sharded]
+SMALL: dict[str, Any] = {"model": "DiT-S/2", "depth": 2, "hidden_size": 128, "num_heads": 4, "device": "cpu"}
+
+
+def silent(phase: str) -> None:
+    """Say nothing of progress."""
+
+
+def check(**changes: Any) -> None:
+    """Predict and measure one configuration."""
+    config = ExperimentConfig(**{**SMALL, **changes})
+    resolved = config.resolve(device="cpu", num_threads=1)
+    predicted = predict_memory(imagined_run(resolved, None), None)
+    measured = measure_memory(resolved, silent)
+    for name, most in MOST.items():
+        got, wanted = getattr(predicted.repeat, name), getattr(measured.repeat, name)
+        assert abs(got - wanted) <= most * wanted, f"{name}: predicted {got}, measured {wanted}"
+    found = measured.choices
+    free = {"memory_budget_bytes": found["memory_budget_bytes"]} if "memory_budget_bytes" in found else {}
+    assert {**predicted.choices, **free} == found
+    for phase, record in measured.repeat.phases.items():
+        got, wanted = predicted.repeat.phases[phase].peak_allocated_bytes, record.peak_allocated_bytes
+        assert got is not None
+        assert wanted is not None
+        assert abs(got - wanted) <= MOST["peak_allocated_bytes"] * wanted, (
+            f"{phase}: predicted {got}, measured {wanted}"
+        )
+
+
+@pytest.mark.parametrize("method", METHODS_HERE)
+def test_every_method(method: str) -> None:
+    check(experiment=method, batch_size=4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "bf16"},
+        {"activation_checkpointing": True},
+        {"optimizer": "sgd"},
+        {"optimizer": "adam", "optimizer_impl": "foreach"},
+        {"optimizer_impl": "fused"},
+        {"in_channels": 3, "image_size": 32, "data": "digits"},
+        {"learn_sigma": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["vanilla", "bookkeeping", "lean"])
+def test_every_option(method: str, changes: dict[str, Any]) -> None:
+    check(experiment=method, batch_size=3, **changes)
