@@ -124,8 +124,8 @@ class MemoryReading:
     source: str = ""
 
 
-class MemoryMeter(Meter):
-    """Common to both devices: marks and the tags taken at them."""
+class TaggingMeter(Meter):
+    """Marks in a log, and the tags taken at them."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[int, str]] = []
@@ -146,14 +146,6 @@ class MemoryMeter(Meter):
                     self._tags.append(Tag(len(self._steps), address, category))
         self._steps.append((step, phase))
 
-    @abstractmethod
-    def __enter__(self) -> Self:
-        """Begin to watch."""
-
-    @abstractmethod
-    def __exit__(self, *error: Any) -> None:
-        """Stop watching."""
-
     def _address(self, tensor: Tensor) -> int | None:
         """Return the address of a tensor's storage in the log; `None` if it is not there."""
         return tensor.untyped_storage().data_ptr() or None
@@ -161,6 +153,18 @@ class MemoryMeter(Meter):
     @abstractmethod
     def _note_position(self, index: int, step: int, phase: str) -> None:
         """Make mark number `index` findable in the log."""
+
+
+class MemoryMeter(TaggingMeter):
+    """Common to both devices: what watches between its entry and its exit, and is read afterwards."""
+
+    @abstractmethod
+    def __enter__(self) -> Self:
+        """Begin to watch."""
+
+    @abstractmethod
+    def __exit__(self, *error: Any) -> None:
+        """Stop watching."""
 
     @abstractmethod
     def read(self) -> MemoryReading:
@@ -215,7 +219,7 @@ class CpuMemoryMeter(MemoryMeter):
                 events.append(Event(when / 1e9, address, size, in_scope))
         return MemoryReading(
             Log(events, marks, self._tags),
-            kernels=_forward_only(kernels),
+            kernels=forward_only(kernels),
             source="CPU allocator events of the torch profiler",
         )
 
@@ -291,12 +295,13 @@ class CudaMemoryMeter(MemoryMeter):
             peaks=self._peaks,
             device_use=self._device_use,
             baseline=self._baseline,
-            kernels=_forward_only(self._kernels),
+            kernels=forward_only(self._kernels),
             source="CUDA caching allocator: peak counters and memory history",
         )
 
 
-def _forward_only(kernels: set[str]) -> tuple[str, ...]:
+def forward_only(kernels: set[str]) -> tuple[str, ...]:
+    """Return the attention kernels of a forward, by name."""
     return tuple(sorted(name for name in kernels if not name.endswith("backward")))
 
 

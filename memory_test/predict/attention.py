@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dit_dp.clipping.contributions import HALF
 from memory_test.predict.cards import Card
 
 Backend = Literal["cudnn", "flash", "efficient", "math"]
@@ -63,7 +64,7 @@ def attend(
 
 def choose(card: Card, query: Tensor, attn_mask: Tensor | None) -> Backend:
     """Return the kernel torch picks on a card for such operands."""
-    half, width = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    half, width = query.dtype in HALF, query.shape[-1]
     if query.dim() != 4 or query.dtype == torch.float64:
         return "math"
     wanted = card.attention

@@ -1,6 +1,7 @@
 """The catalogue of cards: what a prediction needs to know of a GPU."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -93,7 +94,7 @@ CARDS: dict[str, Card] = {
         _card("T4-16GB", 14.75, 40, 1024, "7.5", "320 8.1 0 0", "NVIDIA T4 datasheet"),
     )
 }
-"""By name. Memory is the total that torch reports for the card; rates are the vendor's."""
+"""By name. Rates are the vendor's; memory is about what torch reports as the total, **not yet read on these cards**."""
 
 
 def find_card(name: str) -> Card:
@@ -116,9 +117,7 @@ def find_card(name: str) -> Card:
         return dataclasses.replace(
             CARDS["H100-80GB"], name=name, memory_bytes=int(float(size[:-1]) * GIB), source="memory as asked for"
         )
-    raise UsageError.for_value(
-        "gpu", name, [*CARDS, "24GB (any size)", "custom:memory=24,sms=128,..."], "--list-gpus says more"
-    )
+    raise UsageError.for_value("gpu", name, [*CARDS, "24GB (any size)", "custom:memory=24,sms=128,..."])
 
 
 _CUSTOM: dict[str, tuple[str, float]] = {
@@ -155,7 +154,6 @@ def _custom(text: str) -> Card:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dit_dp.clipping.contributions import float32
 from dit_dp.clipping.hardware import Hardware, imagined
 from memory_test.predict.attention import attend
 from memory_test.predict.cards import Card
@@ -126,7 +127,7 @@ class _Calls(TorchFunctionMode):
         if self._card is not None:
             if func is F.scaled_dot_product_attention:
                 return attend(self._card, *args, **kwargs)
-            if torch.is_autocast_enabled("cpu") and func in _float32_on_cuda():
+            if torch.is_autocast_enabled("cpu") and func in _FLOAT32_ON_CUDA:
                 args, kwargs = _raised(args), _raised(kwargs)
                 with torch.autocast("cpu", enabled=False):
                     return func(*args, **kwargs)
@@ -147,7 +148,7 @@ class _Calls(TorchFunctionMode):
 
     def _bring(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
-            self._tracer.bring(tensor)
+            self._tracer.see(tensor)
             return tensor
         made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         return made.requires_grad_(tensor.requires_grad)
@@ -173,8 +174,7 @@ def _raised(values: Any) -> Any:
         return {name: _raised(value) for name, value in values.items()}
     if isinstance(values, (tuple, list)):
         return type(values)(_raised(value) for value in values)
-    half = isinstance(values, Tensor) and values.dtype in (torch.bfloat16, torch.float16)
-    return values.float() if half else values
+    return float32(values) if isinstance(values, Tensor) else values
 
 
 _FLOAT32_NAMES = """
@@ -187,13 +187,6 @@ binary_cross_entropy_with_logits
 """Autocast runs these in float32 on CUDA (https://docs.pytorch.org/docs/stable/amp.html), not on the CPU."""
 
 
-def _float32_on_cuda() -> frozenset[Any]:
-    """Return the functions behind the names, in every place where torch has one."""
-    global _float32_functions
-    if _float32_functions is None:
-        found = (getattr(place, name, None) for place in (torch, F, Tensor) for name in _FLOAT32_NAMES.split())
-        _float32_functions = frozenset(each for each in found if each is not None) | {Tensor.__pow__, Tensor.__rpow__}
-    return _float32_functions
-
-
-_float32_functions: frozenset[Any] | None = None
+_FLOAT32_ON_CUDA = frozenset(
+    getattr(place, name) for place in (torch, F, Tensor) for name in _FLOAT32_NAMES.split() if hasattr(place, name)
+) | {Tensor.__pow__, Tensor.__rpow__}

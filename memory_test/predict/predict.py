@@ -1,18 +1,18 @@
 """One configuration without a GPU: the measuring loop on an imagined device, replayed through its allocator."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_dp.clipping.costs import measured
 from dit_dp.objectives import DDPMObjective
-from memory_test.core.measure import Measured, run_loop, summarise
-from memory_test.core.meters import MemoryMeter, MemoryReading, Times
+from memory_test.core.breakdown import Tag
+from memory_test.core.measure import MEMORY_STEPS, Measured, run_loop, summarise
+from memory_test.core.meters import MemoryReading, TaggingMeter, Times, forward_only
 from memory_test.core.workload import Data
 from memory_test.predict.allocator import AllocatorSettings
 from memory_test.predict.cards import Card
@@ -23,9 +23,6 @@ from memory_test.predict.roofline import Ceilings, operation_seconds, rule_secon
 from memory_test.predict.temporaries import CudaTemporaries
 from memory_test.predict.trace import Trace, Tracer
 
-STEPS = 3
-"""Steps that are traced: as many as a memory pass takes."""
-
 
 @dataclass(frozen=True)
 class Imagined:
@@ -34,13 +31,13 @@ class Imagined:
     Attributes:
         trace: What was born, died and was computed.
         places: Where phases began.
-        reading_tags: Which storages were whose, at which mark.
+        tags: Which storages were whose, at which mark.
         choices: What the method chose, and parameter counts.
     """
 
     trace: Trace
     places: tuple[Place, ...]
-    tags: tuple[Any, ...]
+    tags: tuple[Tag, ...]
     choices: dict[str, Any]
 
     def seconds(self, ceilings: Ceilings) -> list[float]:
@@ -49,20 +46,13 @@ class Imagined:
         return [ends[count] for count in self.trace.event_operations]
 
 
-class TraceMeter(MemoryMeter):
+class TraceMeter(TaggingMeter):
     """Marks phases in a trace."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self._tracer = tracer
         self.places: list[Place] = []
-
-    def __enter__(self) -> Self:
-        """Do nothing: the tracer is entered with the device."""
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """Do nothing."""
 
     def _note_position(self, index: int, step: int, phase: str) -> None:
         self.places.append(Place(len(self._tracer.trace.events), step, phase))
@@ -71,13 +61,9 @@ class TraceMeter(MemoryMeter):
         return self._tracer.index(tensor)
 
     @property
-    def tags(self) -> list[Any]:
+    def tags(self) -> list[Tag]:
         """Which storages were whose."""
         return self._tags
-
-    def read(self) -> MemoryReading:
-        """Not used: a trace is replayed first."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -110,10 +96,10 @@ def imagined_run(resolved: dict[str, Any], card: Card | None) -> Imagined:
         data = _blank_data(resolved)
     meter = TraceMeter(tracer)
     with imagine(tracer, card, cost):
-        choices = run_loop(resolved, meter, STEPS, lambda phase: None, data=data)
+        choices = run_loop(resolved, meter, MEMORY_STEPS, lambda phase: None, data=data)
         tracer.stop()
     kernels = {op.name for op in tracer.trace.operations if op.name.startswith("_scaled_dot_product")}
-    choices["attention_kernels"] = sorted(name for name in kernels if not name.endswith("backward"))
+    choices["attention_kernels"] = list(forward_only(kernels))
     return Imagined(tracer.trace, tuple(meter.places), tuple(meter.tags), choices)
 
 
@@ -129,7 +115,6 @@ def predict_memory(
     card: Card | None,
     *,
     settings: AllocatorSettings | None = None,
-    sizes: Sequence[int] | None = None,
     limited: bool = False,
 ) -> Measured:
     """Return what a memory pass on the device would have found.
@@ -138,26 +123,21 @@ def predict_memory(
         run: The imagined run.
         card: Where; `None`: this machine's CPU, whose allocator rounds nothing and keeps nothing.
         settings: Of the caching allocator.
-        sizes: Bytes by storage, for another batch; default: the run's.
         limited: Whether the card's memory is the limit; otherwise the demand is returned, whatever the card has.
 
     Raises:
         OutOfMemoryError: The card is too small, if it limits.
     """
-    asked = [storage.num_bytes for storage in run.trace.storages] if sizes is None else list(sizes)
-    ceilings = Ceilings.of(card)
     peaks: Peaks = {}
     if card is None:
-        held, source = asked, "predicted: storages of a traced step"
+        held = [storage.num_bytes for storage in run.trace.storages]
+        source = "predicted: storages of a traced step"
     else:
         capacity = card.usable_bytes if limited else None
-        replayed = replay(run.trace, run.places, sizes=asked, settings=settings, capacity_bytes=capacity)
-        held, peaks, source = (
-            replayed.sizes,
-            replayed.peaks,
-            "predicted: a traced step through a model of the caching allocator",
-        )
-    log = as_log(run.trace, held, run.places, run.tags, run.seconds(ceilings))
+        replayed = replay(run.trace, run.places, settings=settings, capacity_bytes=capacity)
+        held, peaks = replayed.sizes, replayed.peaks
+        source = "predicted: a traced step through a model of the caching allocator"
+    log = as_log(run.trace, held, run.places, run.tags, run.seconds(Ceilings.of(card)))
     reading = MemoryReading(log, peaks=peaks, source=source)
     repeat = summarise(reading, Times({}, {}, {}), range(0), None)
     if card is not None and repeat.peak_reserved_bytes is not None:

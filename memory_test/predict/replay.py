@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from memory_test.core.breakdown import Event, Log, Mark, Tag
 from memory_test.predict.allocator import AllocatorSettings, Block, CachingAllocator, Recorder
-from memory_test.predict.trace import EMPTY_CACHE, Trace
+from memory_test.predict.trace import Trace
 
 Peaks = dict[tuple[int, str], tuple[int, int]]
 
@@ -38,7 +38,6 @@ def replay(
     trace: Trace,
     places: Sequence[Place],
     *,
-    sizes: Sequence[int] | None = None,
     settings: AllocatorSettings | None = None,
     capacity_bytes: int | None = None,
     record: Recorder | None = None,
@@ -48,7 +47,6 @@ def replay(
     Args:
         trace: Storages and events.
         places: Where phases begin.
-        sizes: Bytes by storage; default: the trace's own.
         settings: Of the allocator.
         capacity_bytes: What the card leaves to it; default: no limit.
         record: Told of the allocator's every action.
@@ -56,7 +54,6 @@ def replay(
     Raises:
         OutOfMemoryError: The card is too small.
     """
-    asked = [storage.num_bytes for storage in trace.storages] if sizes is None else sizes
     allocator = CachingAllocator(settings, capacity_bytes, record)
     blocks: list[Block | None] = [None] * len(trace.storages)
     held = [0] * len(trace.storages)
@@ -65,12 +62,10 @@ def replay(
 
     def run(start: int, end: int) -> None:
         for index in trace.events[start:end]:
-            if index == EMPTY_CACHE:
-                allocator.empty_cache()
-            elif asked[index] > 0:
+            if trace.storages[index].num_bytes > 0:
                 block = blocks[index]
                 if block is None:
-                    block = blocks[index] = allocator.malloc(asked[index])
+                    block = blocks[index] = allocator.malloc(trace.storages[index].num_bytes)
                     held[index] = block.size
                 else:
                     allocator.free(block)
@@ -99,7 +94,7 @@ def as_log(
     """
     events, positions, seen = [], [0], set[int]()
     for index, when in zip(trace.events, seconds, strict=True):
-        if index != EMPTY_CACHE and sizes[index] > 0:
+        if sizes[index] > 0:
             sign = -1 if index in seen else 1
             seen.add(index)
             events.append(Event(when, index, sign * sizes[index], trace.storages[index].scope))

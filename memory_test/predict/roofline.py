@@ -8,12 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from dit_dp.clipping.contributions import HALF
 from memory_test.predict.cards import Card
 from memory_test.predict.trace import Operation
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Ceilings:
 
 def operation_seconds(operation: Operation, ceilings: Ceilings) -> float:
     """Return the time of one operation at the ceilings."""
-    rate = ceilings.half if operation.dtype in _HALF else ceilings.float32
+    rate = ceilings.half if operation.dtype in HALF else ceilings.float32
     return max(operation.flops / rate, operation.num_bytes / ceilings.bandwidth)
 
 

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from memory_test.core.units import MIB
 from memory_test.predict.cards import Card
-from memory_test.predict.trace import Temporary
-
-_GEMMS = ("mm", "bmm", "addmm", "baddbmm")
+from memory_test.predict.trace import PRODUCTS, Temporary
 
 
 class CudaTemporaries:
@@ -26,7 +24,7 @@ class CudaTemporaries:
 
     def __call__(self, name: str, args: Sequence[Any], in_backward: bool) -> list[Temporary]:
         """Return what it takes, in the order in which it takes it."""
-        if name in _GEMMS:
+        if name in PRODUCTS:
             return self._workspaces(name, args, in_backward)
         if name in ("sum", "mean") and len(args) > 1 and isinstance(args[0], Tensor):
             return self._reduction(args[0], args[1])
@@ -41,7 +39,7 @@ class CudaTemporaries:
         return []
 
     def _workspaces(self, name: str, args: Sequence[Any], in_backward: bool) -> list[Temporary]:
-        """CuBLAS keeps a workspace for each thread (ATen/cuda/CublasHandlePool.cpp); products with a bias go by Lt."""
+        """cuBLAS's workspace, kept by each thread (ATen/cuda/CublasHandlePool.cpp); products with a bias go by Lt."""  # noqa: D403
         by_lt = name == "addmm" and args[0].dim() == 1 and args[1].shape[0] > 1 and args[2].shape[1] > 1
         found = []
         for library in ("cublas", "lt") if by_lt else ("cublas",):

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-EMPTY_CACHE = -1
-"""An event: cached segments are given back."""
+from torch.utils.flop_counter import flop_registry
 
 Rule = Callable[..., int]
 """Bytes of a temporary from integers, such as its operation's sizes."""
@@ -48,13 +46,11 @@ class Storage:
 
     Attributes:
         num_bytes: Its size.
-        operation: Index of the operation that made it; -1: it came from the host.
         scope: Whether it was made for norms or Gram matrices.
         temporary: The rule of its size, if it is one.
     """
 
     num_bytes: int
-    operation: int
     scope: bool
     temporary: Temporary | None = None
 
@@ -82,7 +78,7 @@ class Trace:
 
     Attributes:
         storages: In order of birth.
-        events: Index of a storage, at its birth and again at its death; or `EMPTY_CACHE`.
+        events: Index of a storage, at its birth and again at its death.
         operations: In order.
         event_operations: By event: how many operations had begun.
     """
@@ -104,7 +100,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
     Args:
         temporaries: What operations take inside.
         stand_ins: By operation: what to return where the result's size depends on data.
-        count: Whether to count operations' FLOPs and bytes too.
         host_too: Whether the host's tensors are logged as well: the device is the CPU.
     """
 
@@ -113,13 +108,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         temporaries: Temporaries | None = None,
         stand_ins: dict[str, Callable[..., Any]] | None = None,
         *,
-        count: bool = True,
         host_too: bool = False,
     ) -> None:
         super().__init__()
         self.trace = Trace()
-        self._temporaries, self._stand_ins, self._count = temporaries, stand_ins or {}, count
-        self._host_too = host_too
+        self._temporaries, self._stand_ins, self._host_too = temporaries, stand_ins or {}, host_too
         self._live: dict[int, tuple[int, Any]] = {}
         self._scope = 0
         self._on_host = 0
@@ -138,9 +131,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         self._note_operation(func, name, args, kwargs, out, tensors, results)
         taken = [self._take(each) for each in found if each.before]
         for tensor in results:
-            self._see(tensor)
+            self.see(tensor)
         taken += [self._take(each) for each in found if not each.before]
-        for index, temporary in zip(taken, sorted(found, key=lambda each: not each.before), strict=True):
+        for index, temporary in taken:
             if not temporary.stays:
                 self.trace.add(index)
         return out
@@ -157,7 +150,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
     def _note_operation(
         self, func: Any, name: str, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], results: list[Tensor]
     ) -> None:
-        if not self._count or func.is_view or not results:
+        if func.is_view or not results:
             return
         flops = _flops(func, name, args, kwargs, out)
         num_bytes = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*tensors, *results))
@@ -172,8 +165,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         key: int = tensor.untyped_storage()._cdata
         return key
 
-    def _see(self, tensor: Tensor) -> None:
-        """Log the birth of a tensor's storage, unless it is known; one that changed its size is born again."""
+    def see(self, tensor: Tensor) -> None:
+        """Log the birth of a tensor's storage on the device, unless it is there; if its size changed, it is new."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         known = self._live.get(key)
@@ -182,7 +175,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
                 return
             self._bury(key, known[0])
         if size:
-            index = self._bear(Storage(size, len(self.trace.operations) - 1, self._scope > 0))
+            index = self._bear(Storage(size, self._scope > 0))
             self._live[key] = (index, weakref.ref(storage, lambda _, k=key, i=index: self._bury(k, i)))  # type: ignore[misc]
 
     def _bear(self, storage: Storage) -> int:
@@ -195,24 +188,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
             del self._live[key]
             self.trace.add(index)
 
-    def _take(self, temporary: Temporary) -> int:
+    def _take(self, temporary: Temporary) -> tuple[int, Temporary]:
         num_bytes = temporary.rule(*temporary.numbers)
-        return self._bear(Storage(num_bytes, len(self.trace.operations) - 1, self._scope > 0, temporary))
+        return self._bear(Storage(num_bytes, self._scope > 0, temporary)), temporary
 
     # --- the rest of the imagined machine ---------------------------------------------------------------------
-
-    def bring(self, tensor: Tensor) -> None:
-        """Log the arrival of a host's tensor on the device, unless it is there."""
-        self._see(tensor)
 
     def index(self, tensor: Tensor) -> int | None:
         """Return the index of a tensor's storage; `None` for the host's."""
         known = self._live.get(self._key(tensor))
         return None if known is None else known[0]
-
-    def empty_cache(self) -> None:
-        """Log that cached segments are given back."""
-        self.trace.add(EMPTY_CACHE)
 
     @property
     def live_bytes(self) -> int:
@@ -250,17 +235,14 @@ def _in_backward() -> bool:
 
 _DATA_DEPENDENT = frozenset({"DataDependentOutputException", "DynamicOutputShapeException"})
 
-
-_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
+PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 """By product: which argument's last dimension is summed over. Their overloads do not all fit the counter's formulas."""
 
 
 def _flops(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
     """Return an operation's FLOPs; 0 where nobody counts them."""
-    from torch.utils.flop_counter import flop_registry
-
-    if name in _PRODUCTS:
-        inner: int = args[_PRODUCTS[name]].shape[-1]
+    if name in PRODUCTS:
+        inner: int = args[PRODUCTS[name]].shape[-1]
         return 2 * int(out.numel()) * inner
     formula = flop_registry.get(func._overloadpacket)
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0

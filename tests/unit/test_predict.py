@@ -76,7 +76,9 @@ def test_cards_are_found_by_name_by_size_and_as_described() -> None:
     assert (card.memory_bytes, card.num_sms, card.context_bytes) == (10 * GIB, 20, 300 * MIB)
 
 
-@pytest.mark.parametrize("name", ["H1000", "GB", "-4GB", "custom:", "custom:sms=3", "custom:memory=x", "custom:ram=3"])
+@pytest.mark.parametrize(
+    "name", ["H1000", "GB", "-4GB", "custom:", "custom:sms=3", "custom:memory=x", "custom:ram=3", "nanGB", "infGB"]
+)
 def test_other_cards_are_refused_in_one_line(name: str) -> None:
     with pytest.raises(UsageError, match=r"^gpu: got ") as raised:
         find_card(name)
