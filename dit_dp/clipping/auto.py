@@ -87,8 +87,9 @@ class AutoEngine(LeanEngine):
             return super()._take(loss_fn, batch, units)
         plan = self._plan_for(loss_fn, batch, units)
         norms = []
-        for start in range(0, units.num_units, plan.physical_batch):
-            if start:
+        for index in hardware().rounds(-(-units.num_units // plan.physical_batch)):
+            start = index * plan.physical_batch
+            if index:
                 self._announce("forward")
             part, some = units.take(batch, start, min(start + plan.physical_batch, units.num_units))
             norms.append(super()._take(loss_fn, part, some))

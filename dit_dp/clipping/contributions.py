@@ -72,19 +72,8 @@ class Outer:
         ghost (Li et al. 2021, arXiv 2110.05679): ``sum((a_i a_i^T) * (g_i g_i^T))``, by symmetry 0.56 T^2 (d + p)
         multiply-adds; direct: the product itself, T d p; outer product, at T = 1: ``|a_i|^2 |g_i|^2``.
         """
-        _, positions, width = self.a.shape
-        rule = rule or self.rule(positions, width, self.g.shape[2])
-        if rule == "outer product":
-            a, g = float32(self.a), float32(self.g)
-            return a.square().sum((1, 2)) * g.square().sum((1, 2))
-        scratch = 8 * _block(positions) * positions if rule == "ghost" else 4 * width * self.g.shape[2]
-        together = max(1, SCRATCH_BYTES[hardware().is_cuda(self.a)] // scratch)
-        norms = _ghost_norms if rule == "ghost" else _direct_norms
-        parts = [
-            norms(self.a[start : start + together], self.g[start : start + together])
-            for start in range(0, len(self.a), together)
-        ]
-        return torch.cat(parts).clamp(min=0)  # a Gram sum of a zero gradient can round below zero
+        rule = rule or self.rule(self.a.shape[1], self.a.shape[2], self.g.shape[2])
+        return hardware().apply(_squared_norms, self.a, self.g, rule)
 
     def add_clipped(self, grad: Tensor | None, factors: Tensor, shape: torch.Size, keep: Tensor | None) -> Tensor:
         """Return ``grad + sum_i c_i g_i^T a_i``; scales the narrower operand, never the one in place.
@@ -115,6 +104,22 @@ class Outer:
             return "outer product"
         ghost = GHOST_SHARE * positions * (width + out_width) < width * out_width
         return "ghost" if ghost else "direct"
+
+
+def _squared_norms(a: Tensor, g: Tensor, rule: OuterRule) -> Tensor:
+    """Return squared norms, (N,), by a rule; a few examples at a time."""
+    if rule == "outer product":
+        a, g = float32(a), float32(g)
+        return a.square().sum((1, 2)) * g.square().sum((1, 2))
+    positions = a.shape[1]
+    scratch = 8 * _block(positions) * positions if rule == "ghost" else 4 * a.shape[2] * g.shape[2]
+    together = max(1, SCRATCH_BYTES[hardware().is_cuda(a)] // scratch)
+    norms = _ghost_norms if rule == "ghost" else _direct_norms
+    squares = a.new_empty(len(a), dtype=torch.promote_types(a.dtype, torch.float32))
+    for index in hardware().rounds(-(-len(a) // together)):
+        chunk = slice(index * together, (index + 1) * together)
+        squares[chunk] = norms(a[chunk], g[chunk])
+    return squares.clamp_(min=0)  # a Gram sum of a zero gradient can round below zero
 
 
 def _block(positions: int) -> int:

@@ -5,12 +5,14 @@ device's place.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
+
+T = TypeVar("T")
 
 NORM_SCOPE = "dit_dp.clipping"
 """Name of the profiler range in which buffers for norms are allocated, so that meters can attribute them."""
@@ -45,6 +47,14 @@ class Hardware:
     def norm_scope(self) -> contextlib.AbstractContextManager[object]:
         """Return a profiler range for norm and Gram buffers; nothing at all, and no cost, where no profiler runs."""
         return record_function(NORM_SCOPE) if torch._C._autograd._profiler_enabled() else contextlib.nullcontext()
+
+    def rounds(self, count: int) -> Iterable[int]:
+        """Return 0 ... count - 1, the rounds of a loop; where one is like another, a few can stand for all."""
+        return range(count)
+
+    def apply(self, function: Callable[..., T], *args: Any) -> T:
+        """Return what a function of tensors returns; what it takes meanwhile follows from their shapes alone."""
+        return function(*args)
 
 
 _hardware = Hardware()

@@ -42,7 +42,7 @@ class MicrobatchEngine(Engine):
     def _accumulate(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor:
         """Clip and add one unit after the other; phases alternate as units do."""
         norms = []
-        for index in range(units.num_units):
+        for index in hardware().rounds(units.num_units):
             if index:
                 self._announce("forward")
             one, _ = units.take(batch, index, index + 1)

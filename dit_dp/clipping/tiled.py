@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dit_dp.clipping.contributions import Outer, OuterRule, float32
+from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.launch import norm_partials, runs_kernels
 
 SCRATCH = 2**17
@@ -54,7 +55,7 @@ def squared_norms(a: Tensor, g: Tensor) -> Tensor:
         partial: Tensor = norm_partials(a, g, rule == "ghost")
         squares = partial.sum(1, dtype=torch.float64).to(torch.float32)
     else:
-        squares = gram_squares(a, g) if rule == "ghost" else direct_squares(a, g)
+        squares = hardware().apply(gram_squares if rule == "ghost" else direct_squares, a, g)
     return squares.clamp(min=0)  # a Gram sum of a zero gradient can round below zero
 
 

@@ -6,8 +6,8 @@ brings a host's tensor to the device, and engines are told that they are on CUDA
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from memory_test.predict.cards import Card
 from memory_test.predict.fakes import workable
 from memory_test.predict.trace import Tracer
 
+T = TypeVar("T")
 Cost = Callable[[str, int, Any], float]
 
 
@@ -56,6 +57,15 @@ class ImaginedHardware(Hardware):
     def norm_scope(self) -> contextlib.AbstractContextManager[object]:
         """Tell the tracer."""
         return self._tracer.norm_scope()
+
+    def rounds(self, count: int) -> Iterable[int]:
+        """Run a few."""
+        return self._tracer.rounds(count)
+
+    def apply(self, function: Callable[..., T], *args: Any) -> T:
+        """Run it once for arguments of these shapes."""
+        result: T = self._tracer.apply(function, args)
+        return result
 
 
 @contextlib.contextmanager

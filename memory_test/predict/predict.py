@@ -42,7 +42,7 @@ class Imagined:
 
     def seconds(self, ceilings: Ceilings) -> list[float]:
         """Return when each event happens if every operation runs at the card's ceilings."""
-        ends = [0.0, *accumulate(operation_seconds(op, ceilings) for op in self.trace.operations)]
+        ends = [0.0, *accumulate(op.count * operation_seconds(op, ceilings) for op in self.trace.operations)]
         return [ends[count] for count in self.trace.event_operations]
 
 

@@ -6,8 +6,9 @@ was made by an operation on one that does; all others are the host's and not log
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,12 +65,14 @@ class Operation:
         flops: By `torch.utils.flop_counter`'s formulas.
         num_bytes: Read and written: operands and results once each.
         dtype: Of the first result.
+        count: How many like it there are: of a loop's rounds that are alike, one is traced.
     """
 
     name: str
     flops: int
     num_bytes: int
     dtype: torch.dtype
+    count: int = 1
 
 
 @dataclass
@@ -94,6 +97,26 @@ class Trace:
         self.event_operations.append(len(self.operations))
 
 
+@dataclass(frozen=True)
+class _Stretch:
+    """A part of a trace that left nothing behind but its result, to be written again.
+
+    Attributes:
+        storages, operations: Born and run in it.
+        events: Index into `storages` and the number of operations begun, by event.
+        result: Index into `storages` of the result's.
+        shape, stride, dtype: The result's.
+    """
+
+    storages: list[Storage]
+    operations: list[Operation]
+    events: list[tuple[int, int]]
+    result: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Tracer(TorchDispatchMode):  # type: ignore[misc]
     """Writes a `Trace` of what runs while it is entered.
 
@@ -116,6 +139,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         self._live: dict[int, tuple[int, Any]] = {}
         self._scope = 0
         self._on_host = 0
+        self._weight = 1
+        self._silent = False
+        self._stretches: dict[Any, _Stretch] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -123,6 +149,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         out = self._run(func, name, args, kwargs)
+        if self._silent:
+            return out
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not self._host_too and (self._on_host or not self._on_device(tensors)):
             return out
@@ -154,7 +182,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
             return
         flops = _flops(func, name, args, kwargs, out)
         num_bytes = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*tensors, *results))
-        self.trace.operations.append(Operation(name, flops, num_bytes, results[0].dtype))
+        self.trace.operations.append(Operation(name, flops, num_bytes, results[0].dtype, self._weight))
 
     def _on_device(self, tensors: list[Tensor]) -> bool:
         """Return whether an operation on these runs on the device: one of them is there, or it makes the first."""
@@ -175,8 +203,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
                 return
             self._bury(key, known[0])
         if size:
-            index = self._bear(Storage(size, self._scope > 0))
-            self._live[key] = (index, weakref.ref(storage, lambda _, k=key, i=index: self._bury(k, i)))  # type: ignore[misc]
+            self._follow(storage, self._bear(Storage(size, self._scope > 0)))
+
+    def _follow(self, storage: Any, index: int) -> None:
+        """Log the death of a storage that was born as number `index`, when it comes."""
+        key = storage._cdata
+        self._live[key] = (index, weakref.ref(storage, lambda _: self._bury(key, index)))
 
     def _bear(self, storage: Storage) -> int:
         self.trace.storages.append(storage)
@@ -222,9 +254,75 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         finally:
             self._on_host -= 1
 
+    # --- what is alike is traced once -------------------------------------------------------------------------
+
+    def rounds(self, count: int) -> Iterator[int]:
+        """Yield the first two rounds of a loop and the last; the second counts for all that are left out."""
+        for index in range(count) if count <= 3 else (0, 1, count - 1):
+            before, self._weight = self._weight, self._weight * (count - 2 if index == 1 and count > 3 else 1)
+            try:
+                yield index
+            finally:
+                self._weight = before
+
+    def apply(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Return what a function returns; for arguments of shapes that were seen, write its stretch again."""
+        key = (function, *(_shape(arg) if isinstance(arg, Tensor) else arg for arg in args))
+        known = self._stretches.get(key)
+        if known is not None and not torch.is_grad_enabled():
+            return self._write_again(known)
+        begin = (len(self.trace.storages), len(self.trace.events), len(self.trace.operations))
+        out = function(*args)
+        stretch = self._cut(begin, out)
+        if stretch is not None:
+            self._stretches[key] = stretch
+        return out
+
+    def _cut(self, begin: tuple[int, int, int], out: Any) -> _Stretch | None:
+        """Return what was written since `begin`, if all that was born in it, but the result, died in it."""
+        storage, event, operation = begin
+        events = self.trace.events[event:]
+        result = self.index(out) if isinstance(out, Tensor) else None
+        lasting = {index for index, count in Counter(events).items() if count == 1}
+        if result is None or lasting != {result} or min(events) < storage:
+            return None
+        begun = [count - operation for count in self.trace.event_operations[event:]]
+        return _Stretch(
+            storages=self.trace.storages[storage:],
+            operations=self.trace.operations[operation:],
+            events=[(index - storage, count) for index, count in zip(events, begun, strict=True)],
+            result=result - storage,
+            shape=tuple(out.shape),
+            stride=out.stride(),
+            dtype=out.dtype,
+        )
+
+    def _write_again(self, stretch: _Stretch) -> Tensor:
+        first, run = len(self.trace.storages), 0
+        self.trace.storages += [replace(storage, scope=self._scope > 0) for storage in stretch.storages]
+        for index, begun in stretch.events:
+            self._repeat(stretch.operations[run:begun])
+            run = begun
+            self.trace.add(first + index)
+        self._repeat(stretch.operations[run:])
+        self._silent = True
+        try:
+            made = torch.empty_strided(stretch.shape, stretch.stride, dtype=stretch.dtype)
+        finally:
+            self._silent = False
+        self._follow(made.untyped_storage(), first + stretch.result)
+        return made
+
+    def _repeat(self, operations: list[Operation]) -> None:
+        self.trace.operations += [replace(operation, count=self._weight) for operation in operations]
+
     def stop(self) -> None:
         """Log no more: what dies now dies with the program."""
         self._live = {}
+
+
+def _shape(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _in_backward() -> bool:
