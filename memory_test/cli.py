@@ -26,6 +26,9 @@ COMMANDS = {
     "compare": "time methods against a baseline in turns, step by step, resumable",
     "report": "figures, Markdown and one HTML page from a folder of records",
     "inspect": "module tree, trainable parameters, which method supports which layer",
+    "predict": "what a cell takes on a GPU, without one",
+    "plan": "which method and batch fit a card, and the command to run",
+    "cards": "the GPUs that predictions know",
     "doctor": "check that private methods keep their promise on a model",
 }
 RESULTS = Path("results") / "runs"
@@ -68,6 +71,11 @@ class ReportArgs:
     """Where the report goes; default: FOLDER/report."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CardsArgs:
+    """List the GPUs that predictions know: memory, rates and where they are from."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the entry point of the console script."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -81,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare": main_compare,
         "report": main_report,
         "inspect": main_inspect,
+        "predict": main_predict,
+        "plan": main_plan,
+        "cards": main_cards,
         "doctor": main_doctor,
     }
     if name not in runners:
@@ -137,6 +148,41 @@ def main_doctor(argv: Sequence[str] | None = None, prog: str | None = None) -> i
         return run_doctor(args)
 
     return _guarded(DoctorArgs, argv, prog, doctor)
+
+
+def main_predict(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Predict a cell."""
+    from memory_test.predict.args import PredictArgs
+
+    def predict(args: PredictArgs) -> int:
+        from memory_test.predict.command import run_predict
+
+        return run_predict(args)
+
+    return _guarded(PredictArgs, argv, prog, predict)
+
+
+def main_plan(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Plan method and batch for a card."""
+    from memory_test.plan.args import PlanArgs
+
+    def plan(args: PlanArgs) -> int:
+        from memory_test.plan.command import run_plan
+
+        return run_plan(args)
+
+    return _guarded(PlanArgs, argv, prog, plan)
+
+
+def main_cards(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """List the catalogue of cards."""
+    from memory_test.predict.render import describe_cards
+
+    def cards(args: CardsArgs) -> int:
+        _say(describe_cards())
+        return 0
+
+    return _guarded(CardsArgs, argv, prog, cards)
 
 
 # --- commands -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dit_dp.clipping.batch import Batch, LossFn
 from dit_dp.clipping.engine import Engine
 from dit_dp.errors import UsageError
+from dit_dp.training.ema import Ema
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -44,32 +45,37 @@ def train_step(
     engine: Engine,
     optimizer: torch.optim.Optimizer,
     loss_fn: LossFn,
-    batch: Batch,
+    batches: Iterable[Batch],
     *,
     noise_multiplier: float,
     expected_batch_size: float,
     generator: torch.Generator | None = None,
+    ema: Ema | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> Tensor | None:
-    """Take one step on one batch.
+    """Take one step.
 
     Args:
         engine: A method attached to the model.
         optimizer: Over the engine's parameters.
         loss_fn: Per-example losses, (N,).
-        batch: N rows.
+        batches: Physical batches, N rows in all, that make one logical one; each is asked for when the last is done.
         noise_multiplier: sigma; 0 for `vanilla`.
         expected_batch_size: The divisor of the noised sum.
         generator: Source of the noise.
+        ema: Updated with the parameters.
         on_phase: Told ``optimizer`` when the update begins; the engine announces the phases before.
 
     Returns:
         (N,) norms before clipping, or `None` where the method has none.
     """
-    norms = engine.accumulate(loss_fn, batch)
+    norms = [engine.accumulate(loss_fn, batch) for batch in batches]
     engine.privatize(noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size, generator=generator)
     if on_phase is not None:
         on_phase("optimizer")
     optimizer.step()
+    if ema is not None:
+        ema.update()
     engine.zero_grad()
-    return norms
+    known = [norm for norm in norms if norm is not None]
+    return torch.cat(known) if len(known) == len(norms) else None

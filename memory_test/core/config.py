@@ -54,7 +54,9 @@ class ExperimentConfig:
     data: Literal["synthetic", "digits"] = "synthetic"
     """Standard normal inputs, or scikit-learn's digits resized (3 channels)."""
     batch_size: int = 1
-    """Examples per step."""
+    """Examples in a physical batch."""
+    accumulation: int = 1
+    """Physical batches per step: their clipped sums are added up before noise and update."""
     num_iter: int = 3
     """Timed steps."""
     warmup: int = 1
@@ -71,6 +73,8 @@ class ExperimentConfig:
     """auto: torch's own default, foreach on CUDA and for-loop on CPU."""
     learning_rate: float = 1e-4
     """Learning rate."""
+    ema: bool = False
+    """Keep a float32 moving average of what trains; counted as optimizer state."""
     max_grad_norm: float = 1.0
     """Clipping threshold C."""
     noise_multiplier: float = 1.0
@@ -88,7 +92,7 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         validate.one_of("experiment", self.experiment, METHODS)
-        for name in ("image_size", "batch_size", "num_iter", "repeats", "num_classes"):
+        for name in ("image_size", "batch_size", "accumulation", "num_iter", "repeats", "num_classes"):
             validate.integer(name, getattr(self, name))
         validate.integer("warmup", self.warmup, minimum=0)
         validate.integer("seed", self.seed, minimum=0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_dp.clipping import attach
 from dit_dp.clipping.engine import Engine
-from dit_dp.training import make_optimizer, train_step
+from dit_dp.training import Ema, make_optimizer, train_step
 from memory_test.core import breakdown as logs
 from memory_test.core.meters import END, Clock, MemoryReading, Meter, Times, memory_meter
 from memory_test.core.schema import PHASES, PhaseRecord, Repeat
@@ -23,6 +23,10 @@ Gate = Callable[[int], None]
 
 MEMORY_STEPS = 3
 """Steps of a memory pass: the first, whose optimizer state is born in it, and two steady ones."""
+
+
+EMA_DECAY = 0.9999
+"""DiT's; no cost depends on it."""
 
 
 @dataclass(frozen=True)
@@ -114,27 +118,40 @@ def run_loop(
         meter.mark(step, phase)
 
     announce("model")
-    engine, optimizer = _build(resolved, announce)
+    engine, optimizer, ema = _build(resolved, announce)
     announce("input")
     data = data or build_data(resolved)
     loss_fn = loss_function(data, resolved["dtype"])
     batch: dict[str, Tensor] = {}
-    meter.hold(lambda: _holdings(engine, optimizer, batch))
-    settings = {"noise_multiplier": resolved["noise_multiplier"], "expected_batch_size": resolved["batch_size"]}
-    told: dict[str, Any] = {"generator": data.device_generator, "on_phase": announce}
+    meter.hold(lambda: _holdings(engine, optimizer, ema, batch))
+    settings: dict[str, Any] = {
+        "noise_multiplier": resolved["noise_multiplier"],
+        "expected_batch_size": resolved["batch_size"] * resolved["accumulation"],
+        "generator": data.device_generator,
+        "ema": ema,
+        "on_phase": announce,
+    }
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        nonlocal batch
+        for _ in range(resolved["accumulation"]):
+            announce("input")
+            batch = {}  # the last one goes before the next comes
+            batch = data.batch(resolved["batch_size"])
+            yield batch
+
     for step in range(1, num_steps + 1):
         if gate is not None:
             gate(step)
-        announce("input")
-        batch = {}  # the last one goes before the next comes
-        batch = data.batch(resolved["batch_size"])
-        train_step(engine, optimizer, loss_fn, batch, **settings, **told)
+        train_step(engine, optimizer, loss_fn, batches(), **settings)
         announce(END)
     return _choices(engine)
 
 
-def _build(resolved: dict[str, Any], announce: Callable[[str], None]) -> tuple[Engine, torch.optim.Optimizer]:
-    """Return the engine, attached to a new model, and the optimizer of its parameters."""
+def _build(
+    resolved: dict[str, Any], announce: Callable[[str], None]
+) -> tuple[Engine, torch.optim.Optimizer, Ema | None]:
+    """Return the engine, attached to a new model, the optimizer of its parameters and their average."""
     torch.manual_seed(resolved["seed"])
     model = build_model(resolved).to(resolved["device"])
     if resolved["compile"]:
@@ -147,11 +164,11 @@ def _build(resolved: dict[str, Any], announce: Callable[[str], None]) -> tuple[E
         learning_rate=resolved["learning_rate"],
         implementation=resolved["optimizer_impl"],
     )
-    return engine, optimizer
+    return engine, optimizer, Ema(engine.parameters.values(), EMA_DECAY) if resolved["ema"] else None
 
 
 def _holdings(
-    engine: Engine, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
+    engine: Engine, optimizer: torch.optim.Optimizer, ema: Ema | None, batch: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield everything held now, with its category."""
     model = engine.model
@@ -165,6 +182,8 @@ def _holdings(
         for value in state.values():
             if isinstance(value, Tensor):
                 yield "optimizer_state", value
+    for average in ema.tensors if ema else ():
+        yield "optimizer_state", average
     yield from engine.tracked_tensors()
     for tensor in batch.values():
         yield "input", tensor
@@ -183,7 +202,8 @@ def summarise(reading: MemoryReading, times: Times, steady: range, peak_rss: int
     """Put one process's observations into a record."""
     log = reading.log
     totals = logs.running_total(log.events)
-    later = range(2, MEMORY_STEPS + 1)
+    last = max(mark.step for mark in log.marks)
+    later = range(2, last + 1)
     peak, position = logs.peak_within(totals, logs.span(log, later))
     first, _ = logs.peak_within(totals, logs.span(log, [1]))
     peak, first = peak + reading.baseline, first + reading.baseline
@@ -204,9 +224,9 @@ def summarise(reading: MemoryReading, times: Times, steady: range, peak_rss: int
         peak_rss_bytes=peak_rss,
         first_step_s=times.steps.get(1),
         step_times_s=[times.steps[step] for step in steady],
-        phases={phase: _phase(phase, reading, totals, times, steady) for phase in _phases_seen(log)},
+        phases={phase: _phase(phase, reading, totals, times, steady, later) for phase in _phases_seen(log)},
         breakdown_bytes=logs.breakdown(log, position, peak),
-        timeline=logs.timeline(log, MEMORY_STEPS, reading.baseline),
+        timeline=logs.timeline(log, last, reading.baseline),
     )
 
 
@@ -215,9 +235,11 @@ def _phases_seen(log: logs.Log) -> list[str]:
     return [phase for phase in PHASES if phase in seen]
 
 
-def _phase(phase: str, reading: MemoryReading, totals: list[int], times: Times, steady: range) -> PhaseRecord:
+def _phase(
+    phase: str, reading: MemoryReading, totals: list[int], times: Times, steady: range, later: range
+) -> PhaseRecord:
     """Return the largest peak of a phase over the steady steps (the model phase: step 0), and its median time."""
-    steps = [0] if phase == "model" else list(range(2, MEMORY_STEPS + 1))
+    steps = [0] if phase == "model" else list(later)
     counted = [reading.peaks[step, phase] for step in steps if (step, phase) in reading.peaks]
     allocated = logs.peak_within(totals, logs.span(reading.log, steps, phase))[0] + reading.baseline
     use = reading.device_use.get((steps[-1], phase))

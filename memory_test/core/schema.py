@@ -170,6 +170,22 @@ class Repeat:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ErrorBand:
+    """Largest relative errors of a prediction that were seen, and against what.
+
+    Attributes:
+        peak_allocated, peak_reserved: Of the peaks; `None`: there is no such number.
+        source: What it was compared with.
+    """
+
+    __pydantic_config__ = STRICT
+
+    peak_allocated: float
+    peak_reserved: float | None
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """One cell. The top level summarises `repeats`: the largest peak, all step times, medians of times."""
 
@@ -195,4 +211,6 @@ class Record:
     environment: Environment | None
     timeline: Timeline | None = None
     failure: Failure | None = None
+    error_band: ErrorBand | None = None
+    """Of a predicted record."""
     repeats: list[Repeat] = field(default_factory=list)

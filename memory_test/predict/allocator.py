@@ -31,7 +31,10 @@ class OutOfMemoryError(Exception):
     Attributes:
         requested_bytes: The request.
         allocated_bytes, reserved_bytes: The allocator's counters then.
+        phase: Of a replayed step, where it happened.
     """
+
+    phase: str | None = None
 
     def __init__(self, requested_bytes: int, allocated_bytes: int, reserved_bytes: int) -> None:
         super().__init__(f"{requested_bytes} bytes on top of {reserved_bytes} reserved")

@@ -148,13 +148,15 @@ class _Calls(TorchFunctionMode):
         tensor, *rest = args
         if func is Tensor.cuda:
             return self._bring(tensor)
-        device, dtype, _, _ = torch._C._nn._parse_to(*rest, **kwargs)
+        copy: bool = kwargs.pop("copy", False)
+        parsed: tuple[Any, ...] = torch._C._nn._parse_to(*rest, **kwargs)
+        device, dtype = parsed[:2]
         if device is not None and device.type == "meta":
             with self._tracer.host():
                 return func(*args, **kwargs)
         if device is not None:
             tensor = self._bring(tensor)
-        return tensor if dtype is None else tensor.to(dtype, copy=kwargs.get("copy", False))
+        return tensor if dtype is None and not copy else tensor.to(dtype or tensor.dtype, copy=copy)
 
     def _bring(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):

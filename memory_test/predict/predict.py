@@ -79,12 +79,13 @@ class BlankImages:
         return inputs, torch.empty(count, dtype=torch.int64, device="cuda")
 
 
-def imagined_run(resolved: dict[str, Any], card: Card | None) -> Imagined:
+def imagined_run(resolved: dict[str, Any], card: Card | None, num_steps: int = MEMORY_STEPS) -> Imagined:
     """Run the measuring loop on a device that is not there.
 
     Args:
         resolved: From `ExperimentConfig.resolve`, for ``cuda`` with a card, for ``cpu`` without.
         card: Which; `None`: this machine's CPU.
+        num_steps: Steps that are traced, at least 2.
     """
     if card is None:
         tracer = Tracer(stand_ins=STAND_INS, host_too=True)
@@ -96,8 +97,9 @@ def imagined_run(resolved: dict[str, Any], card: Card | None) -> Imagined:
         data = _blank_data(resolved)
     meter = TraceMeter(tracer)
     with imagine(tracer, card, cost):
-        choices = run_loop(resolved, meter, MEMORY_STEPS, lambda phase: None, data=data)
+        choices = run_loop(resolved, meter, num_steps, lambda phase: None, data=data)
         tracer.stop()
+    tracer.trace.order_deaths(place.position for place in meter.places)
     kernels = {op.name for op in tracer.trace.operations if op.name.startswith("_scaled_dot_product")}
     choices["attention_kernels"] = list(forward_only(kernels))
     return Imagined(tracer.trace, tuple(meter.places), tuple(meter.tags), choices)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memory_test.core.breakdown import Event, Log, Mark, Tag
-from memory_test.predict.allocator import AllocatorSettings, Block, CachingAllocator, Recorder
+from memory_test.predict.allocator import AllocatorSettings, Block, CachingAllocator, OutOfMemoryError, Recorder
 from memory_test.predict.trace import Trace
 
 Peaks = dict[tuple[int, str], tuple[int, int]]
@@ -73,7 +73,11 @@ def replay(
     run(0, begins[0])
     for place, start, end in zip(places, begins, begins[1:], strict=False):
         allocator.reset_peaks()
-        run(start, end)
+        try:
+            run(start, end)
+        except OutOfMemoryError as error:
+            error.phase = place.phase
+            raise
         key = (place.step, place.phase)
         before = peaks.get(key, (0, 0))
         peaks[key] = (max(before[0], allocator.peak_allocated), max(before[1], allocator.peak_reserved))

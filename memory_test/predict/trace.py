@@ -6,9 +6,11 @@ was made by an operation on one that does; all others are the host's and not log
 
 import contextlib
 import weakref
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -96,6 +98,27 @@ class Trace:
         self.events.append(event)
         self.event_operations.append(len(self.operations))
 
+    def order_deaths(self, borders: Iterable[int]) -> None:
+        """Put storages that die at one instant in order of birth: which goes first is chance, and differs by run.
+
+        Args:
+            borders: Positions of events that instants do not reach across.
+        """
+        edges, seen = sorted(borders), set[int]()
+
+        def instant(position: int) -> tuple[int, ...]:
+            index = self.events[position]
+            if index not in seen:
+                seen.add(index)
+                return (position,)
+            return self.event_operations[position], bisect_right(edges, position)
+
+        instants = [instant(position) for position in range(len(self.events))]
+        for _, group in groupby(range(len(instants)), instants.__getitem__):
+            positions = list(group)
+            deaths = slice(positions[0], positions[-1] + 1)
+            self.events[deaths] = sorted(self.events[deaths])
+
 
 @dataclass(frozen=True)
 class _Stretch:
@@ -146,6 +169,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE:  # asked more often than anything is computed
+            return _CPU
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         out = self._run(func, name, args, kwargs)
@@ -331,6 +356,7 @@ def _in_backward() -> bool:
     return task >= 0
 
 
+_DEVICE, _CPU = torch.ops.prim.device.default, torch.device("cpu")
 _DATA_DEPENDENT = frozenset({"DataDependentOutputException", "DynamicOutputShapeException"})
 
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}

@@ -91,6 +91,7 @@ def _record(config: ExperimentConfig, outcomes: list[Outcome]) -> Record:
     repeats = [_repeat(answer["repeat"]) for answer in answers]
     times = [seconds for repeat in repeats for seconds in repeat.step_times_s]
     complete = status == "ok"
+    examples = config.batch_size * config.accumulation
     worst = max(repeats, key=lambda r: r.peak_allocated_bytes or 0) if complete else None
     return Record(
         schema_version=SCHEMA_VERSION,
@@ -103,7 +104,7 @@ def _record(config: ExperimentConfig, outcomes: list[Outcome]) -> Record:
         peak_reserved_bytes=_largest([r.peak_reserved_bytes for r in repeats]) if complete else None,
         first_step_s=_median([r.first_step_s for r in repeats]) if complete else None,
         step_times_s=times if complete else [],
-        throughput_examples_per_s=config.batch_size / median(times) if complete and times else None,
+        throughput_examples_per_s=examples / median(times) if complete and times else None,
         phases=_phases(repeats) if complete else {},
         breakdown_bytes=worst.breakdown_bytes if worst else {},
         config_requested=dataclasses.asdict(config),

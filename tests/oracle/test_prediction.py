@@ -56,6 +56,7 @@ def test_every_method(method: str) -> None:
         {"optimizer_impl": "fused"},
         {"in_channels": 3, "image_size": 32, "data": "digits"},
         {"learn_sigma": False},
+        {"accumulation": 2, "ema": True},
     ],
     ids=str,
 )

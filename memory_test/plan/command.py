@@ -1,0 +1,111 @@
+"""`memory-test plan`: methods side by side in processes of their own, then one recommendation."""
+
+import dataclasses
+import functools
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+
+from dit_dp.clipping.registry import METHODS
+from dit_dp.privacy import noise_multiplier
+from memory_test.core.config import ExperimentConfig
+from memory_test.core.store import write_text
+from memory_test.plan.args import PlanArgs
+from memory_test.plan.facts import Budget, MethodPlan, Plan
+from memory_test.plan.render import describe_plan
+from memory_test.sweep.process import default_threads
+
+
+def run_plan(args: PlanArgs) -> int:
+    """Plan and report; return the exit code."""
+    plan = make_plan(args)
+    sys.stdout.write(describe_plan(plan) + "\n")
+    if args.json is not None:
+        write_text(args.json, json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
+        sys.stdout.write(f"plan: {args.json}\n")
+    return 0 if plan.recommended is not None else 1
+
+
+def make_plan(args: PlanArgs) -> Plan:
+    """Return the plan that the arguments ask for."""
+    budget = _budget(args)
+    rows = _relative(_plan_all(args))
+    best = recommend(rows)
+    return Plan(
+        card=dataclasses.asdict(args.card),
+        config=dataclasses.asdict(args.cell("vanilla", args.batch_size, 1)),
+        margin=args.margin,
+        methods=rows,
+        recommended=None if best is None else best.method,
+        command=None if best is None else command(args, best, budget),
+        budget=budget,
+    )
+
+
+def _budget(args: PlanArgs) -> Budget | None:
+    if args.epsilon is None or args.delta is None or args.dataset_size is None or args.steps is None:
+        return None
+    rate = args.batch_size / args.dataset_size
+    sigma = noise_multiplier(target_epsilon=args.epsilon, delta=args.delta, sample_rate=rate, num_steps=args.steps)
+    return Budget(epsilon=args.epsilon, delta=args.delta, sample_rate=rate, steps=args.steps, noise_multiplier=sigma)
+
+
+def _plan_all(args: PlanArgs) -> list[MethodPlan]:
+    """Plan every method, as many at a time as there are cores."""
+    workers = min(default_threads(), len(args.methods))
+    if workers <= 1:
+        return [_plan_one(args, method) for method in args.methods]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        return list(pool.map(functools.partial(_plan_one, args), args.methods))
+
+
+def _plan_one(args: PlanArgs, method: str) -> MethodPlan:
+    import warnings
+
+    import torch
+
+    from memory_test.plan.search import plan_method
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    return plan_method(method, functools.partial(args.cell, method), args.batch_size, args.card, args.margin)
+
+
+def _relative(rows: list[MethodPlan]) -> list[MethodPlan]:
+    """Put step times over ordinary training's, if that is among them and fits."""
+    base = next((row.step_seconds for row in rows if row.method == "vanilla"), None)
+    if not base:
+        return rows
+    return [
+        row if row.step_seconds is None else dataclasses.replace(row, relative_step_time=row.step_seconds / base)
+        for row in rows
+    ]
+
+
+def recommend(rows: Iterable[MethodPlan]) -> MethodPlan | None:
+    """Return the fastest private method that fits; of equals, the one that leaves most memory."""
+    able = [row for row in rows if row.status == "fits" and METHODS[row.method].private]
+    return min(able, key=lambda row: (round(row.step_seconds or 0.0, 4), -(row.free_bytes or 0)), default=None)
+
+
+def command(args: PlanArgs, row: MethodPlan, budget: Budget | None) -> str:
+    """Return the command that measures a row on the card it was planned for."""
+    in_loop = not row.in_engine
+    cell = args.cell(
+        row.method,
+        row.physical_batch or 1 if in_loop else args.batch_size,
+        row.accumulation or 1 if in_loop else 1,
+    )
+    if budget is not None:
+        cell = dataclasses.replace(cell, noise_multiplier=round(budget.noise_multiplier, 4))
+    words = ["memory-test", "run"]
+    for field in dataclasses.fields(ExperimentConfig):
+        value = getattr(cell, field.name)
+        if value == field.default and field.name not in ("model", "batch_size"):
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        words += [flag] if value is True else [flag, str(value)]
+    return " ".join([*words, "--device", "cuda"])

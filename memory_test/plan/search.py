@@ -1,0 +1,190 @@
+"""The largest physical batch of a method on a card, and what a step of the logical batch costs."""
+
+import dataclasses
+from collections.abc import Callable
+from itertools import pairwise
+
+from dit_dp.clipping.registry import METHODS
+from dit_dp.errors import UsageError
+from memory_test.core.config import ExperimentConfig
+from memory_test.core.units import format_bytes
+from memory_test.plan.facts import MethodPlan
+from memory_test.predict.affine import AffineRun
+from memory_test.predict.allocator import OutOfMemoryError
+from memory_test.predict.cards import Card
+from memory_test.predict.predict import Imagined, imagined_run
+from memory_test.predict.replay import replay
+from memory_test.predict.roofline import Ceilings, operation_seconds
+
+SMALL = (4, 8)
+"""Batch sizes that are traced; those between and beyond follow."""
+
+STEPS = 2
+"""Traced steps: the first, and one with optimizer state."""
+
+_ONCE = ("noise", "optimizer")
+"""Phases that a step goes through once, however many physical batches it takes."""
+
+Cell = Callable[[int, int], ExperimentConfig]
+"""From physical batch and accumulation to a cell."""
+
+
+def plan_method(method: str, cell: Cell, logical: int, card: Card, margin: float) -> MethodPlan:
+    """Plan one method.
+
+    Args:
+        method: Key of `METHODS`.
+        cell: Makes its cells.
+        logical: Examples a step.
+        card: Where.
+        margin: Share of the card that stays free.
+    """
+    room = dataclasses.replace(card, memory_bytes=int(card.memory_bytes * (1 - margin)))
+    try:
+        if METHODS[method].owns_forward or METHODS[method].takes_memory_budget:
+            return _in_engine(method, cell, logical, room, card)
+        return _by_loop(method, cell, logical, room, card)
+    except UsageError as error:
+        return MethodPlan(method=method, status="refused", reason=str(error))
+
+
+def _imagine(config: ExperimentConfig, card: Card) -> Imagined:
+    return imagined_run(config.resolve(device="cuda", num_threads=1), card, STEPS)
+
+
+def _reserved(run: Imagined, card: Card) -> int | None:
+    """Return peak reserved memory on a card; `None` if it does not fit."""
+    try:
+        found = replay(run.trace, run.places, capacity_bytes=card.usable_bytes)
+    except OutOfMemoryError:
+        return None
+    return max(reserved for _, reserved in found.peaks.values())
+
+
+# --- methods that part the batch themselves ---------------------------------------------------------------------
+
+
+def _in_engine(method: str, cell: Cell, logical: int, room: Card, card: Card) -> MethodPlan:
+    """Plan a method that takes the logical batch whole."""
+    run = _imagine(cell(logical, 1), room)
+    physical = int(run.choices.get("physical_batch", 1 if method == "microbatch" else logical))
+    reserved = _reserved(run, room)
+    if reserved is None:
+        return _too_large(method, run, room)
+    return MethodPlan(
+        method=method,
+        status="fits",
+        physical_batch=physical,
+        accumulation=-(-logical // physical),
+        in_engine=True,
+        peak_reserved_bytes=reserved,
+        free_bytes=card.usable_bytes - reserved,
+        step_seconds=sum(phase_seconds(run, Ceilings.of(card)).values()),
+        choices=run.choices,
+    )
+
+
+# --- methods that the loop gives physical batches ---------------------------------------------------------------
+
+
+def _by_loop(method: str, cell: Cell, logical: int, room: Card, card: Card) -> MethodPlan:
+    """Plan a method that takes physical batches, whose sums add up."""
+    parts = 1 if logical <= SMALL[0] else 2  # with a sum held from the batch before, as all but the first have
+    first, second = (min(size, logical) for size in SMALL)
+    small = _imagine(cell(first, parts), room)
+    if _reserved(small, room) is None:
+        small, first = _imagine(cell(1, min(2, logical)), room), 1
+        if _reserved(small, room) is None:
+            return _too_large(method, small, room)
+        second = min(SMALL[0], logical)
+    family = _Family(cell, room, parts, {first: small})
+    largest = family.largest(first, second, logical)
+    accumulation = -(-logical // largest)
+    physical = -(-logical // accumulation)  # no smaller last one
+    run = family.run(physical)
+    reserved = _reserved(run, room)
+    assert reserved is not None
+    seconds = phase_seconds(run, Ceilings.of(card))
+    once = sum(seconds.get(phase, 0.0) for phase in _ONCE)
+    return MethodPlan(
+        method=method,
+        status="fits",
+        physical_batch=physical,
+        accumulation=accumulation,
+        peak_reserved_bytes=reserved,
+        free_bytes=card.usable_bytes - reserved,
+        step_seconds=(sum(seconds.values()) - once) * accumulation / parts + once,
+        choices=run.choices,
+    )
+
+
+class _Family:
+    """Runs of one cell at any physical batch: from two, where sizes are all that differs, else each traced."""
+
+    def __init__(self, cell: Cell, card: Card, parts: int, known: dict[int, Imagined]) -> None:
+        self._cell, self._card, self._parts, self._known = cell, card, parts, known
+        self._affine: AffineRun | None = None
+
+    def run(self, batch: int) -> Imagined:
+        if batch not in self._known:
+            if self._affine is not None:
+                return self._affine.at(batch)
+            self._known[batch] = _imagine(self._cell(batch, self._parts), self._card)
+        return self._known[batch]
+
+    def largest(self, first: int, second: int, most: int) -> int:
+        """Return the largest batch up to `most` that fits, where `first` does."""
+        if second == first:
+            return first
+        one, two = self.run(first), self.run(second)
+        self._affine = AffineRun.of((one, two), (first, second))
+        demand = {size: self._demand(size) for size in (first, second)}
+        slope = max(1, (demand[second] - demand[first]) // (second - first))
+        guess = first + (self._card.usable_bytes - demand[first]) // slope
+        return self._search(first, most + 1, min(max(guess, first), most))
+
+    def _demand(self, batch: int) -> int:
+        run = self.run(batch)
+        return max(reserved for _, reserved in replay(run.trace, run.places).peaks.values())
+
+    def _search(self, low: int, high: int, guess: int) -> int:
+        """Return the largest batch that fits, from `low`, which does, below `high`, near a guess."""
+        stride = max(1, guess // 32)
+        while high - low > 1:
+            if _reserved(self.run(guess), self._card) is not None:
+                low, guess = guess, guess + stride
+            else:
+                high, guess = guess, guess - stride
+            stride *= 2
+            if not low < guess < high:
+                guess = (low + high) // 2
+        return low
+
+
+def _too_large(method: str, run: Imagined, room: Card) -> MethodPlan:
+    """Say by how much the smallest batch does not fit, and what would."""
+    need = max(reserved for _, reserved in replay(run.trace, run.places).peaks.values())
+    missing = need - room.usable_bytes
+    total = need + room.context_bytes
+    return MethodPlan(
+        method=method,
+        status="too large",
+        reason=(
+            f"one example takes {format_bytes(need)} reserved, {format_bytes(max(0, missing))} more than there is; "
+            f"a card of {format_bytes(total)} would do"
+        ),
+        peak_reserved_bytes=need,
+    )
+
+
+def phase_seconds(run: Imagined, ceilings: Ceilings) -> dict[str, float]:
+    """Return the seconds of each phase of the last step, every operation at the ceilings."""
+    operations, begun = run.trace.operations, run.trace.event_operations
+    last = run.places[-1].step
+    found: dict[str, float] = {}
+    for place, following in pairwise(run.places):
+        if place.step == last:
+            start, end = begun[place.position], begun[min(following.position, len(begun) - 1)]
+            seconds = sum(op.count * operation_seconds(op, ceilings) for op in operations[start:end])
+            found[place.phase] = found.get(place.phase, 0.0) + seconds
+    return found

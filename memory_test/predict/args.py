@@ -1,0 +1,76 @@
+"""What `memory-test predict` takes. No torch, so that ``--help`` answers at once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dit_dp import validate
+from dit_dp.errors import UsageError
+from memory_test.core.config import ExperimentConfig
+from memory_test.core.store import check_writable
+from memory_test.core.units import MIB
+from memory_test.predict.allocator import AllocatorSettings
+from memory_test.predict.cards import Card, find_card
+
+CPU_NAME = "cpu"
+"""What stands for this machine's CPU in place of a card."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictArgs:
+    """Predict what a cell takes on a card, without a GPU.
+
+    Exit code 0: it fits; 1: it does not; 2: a mistake in the call.
+    """
+
+    config: ExperimentConfig
+    gpu: str = "H100-80GB"
+    """A card by name (memory-test cards lists them), a size such as 24GB (an H100 of that memory),
+    custom:memory=24,sms=128,..., or cpu: this machine's."""
+    expandable_segments: bool = False
+    """As in PYTORCH_ALLOC_CONF."""
+    max_split_size_mb: int | None = None
+    """As in PYTORCH_ALLOC_CONF."""
+    garbage_collection_threshold: float = 0.0
+    """As in PYTORCH_ALLOC_CONF; acts only together with --memory-fraction."""
+    memory_fraction: float | None = None
+    """Share of the card that may be reserved, as torch.cuda.set_per_process_memory_fraction."""
+    output: Path | None = None
+    """File of the record (source: predicted); default: none."""
+    timeline: Path | None = None
+    """HTML file of the memory through a step."""
+    snapshot: Path | None = None
+    """File in the format of torch's memory snapshots, for https://pytorch.org/memory_viz."""
+
+    def __post_init__(self) -> None:
+        for name in ("output", "timeline", "snapshot"):
+            if getattr(self, name) is not None:
+                check_writable(getattr(self, name), name)
+        if self.max_split_size_mb is not None:
+            validate.integer("max_split_size_mb", self.max_split_size_mb, minimum=21, fix="torch wants more than 20")
+        threshold = self.garbage_collection_threshold
+        if threshold != 0 and not 0 < threshold < 1:
+            raise UsageError.for_value("garbage_collection_threshold", threshold, "a number > 0 and < 1; 0: off")
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
+            raise UsageError.for_value("memory_fraction", self.memory_fraction, "a number > 0 and <= 1")
+        if self.config.compile:
+            raise UsageError.for_value("compile", True, "False", "what a compiler allocates is not modelled")
+        if self.config.device == "cpu" and self.card is not None:
+            raise UsageError.for_value("device", "cpu", "auto", "--gpu says where; this machine's CPU is --gpu cpu")
+        if self.card is None and self.snapshot is not None:
+            raise UsageError.for_value("snapshot", str(self.snapshot), "a card", "only CUDA has such snapshots")
+
+    @property
+    def card(self) -> Card | None:
+        """The card meant; `None`: this machine's CPU."""
+        return None if self.gpu == CPU_NAME else find_card(self.gpu)
+
+    @property
+    def settings(self) -> AllocatorSettings:
+        """The caching allocator's options."""
+        split = None if self.max_split_size_mb is None else self.max_split_size_mb * MIB
+        return AllocatorSettings(
+            expandable_segments=self.expandable_segments,
+            max_split_bytes=split,
+            garbage_collection_threshold=self.garbage_collection_threshold,
+            memory_fraction=self.memory_fraction,
+        )
