@@ -23,9 +23,11 @@ class Hardware:
 
     Attributes:
         rule_seconds: What a norm rule costs, ``(rule, units, call) -> seconds``; `None`: it is measured.
+        has_data: Whether trials can tell anything about examples; where tensors hold no data they need not be made.
     """
 
     rule_seconds: Callable[[str, int, Any], float] | None = None
+    has_data: bool = True
 
     def is_cuda(self, tensor: Tensor) -> bool:
         """Return whether a tensor is on CUDA."""

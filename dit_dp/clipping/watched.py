@@ -174,7 +174,7 @@ class WatchedEngine(Engine):
         """Refuse, once, a model whose units do not keep apart."""
         if self.ranks.in_step:
             batch, units = with_zero_units(batch, units, 2)
-        if units.num_units > 1:
+        if units.num_units > 1 and hardware().has_data:
             self._run_trial(loss_fn, batch, units, 2, alone=True)
             with uncompiled():
                 self._new_prober().compare(self.model, loss_fn, batch, units)

@@ -49,7 +49,7 @@ def plan_method(method: str, cell: Cell, logical: int, card: Card, margin: float
 
 
 def _imagine(config: ExperimentConfig, card: Card) -> Imagined:
-    return imagined_run(config.resolve(device="cuda", num_threads=1), card, STEPS)
+    return imagined_run(config.resolve(device="cuda", num_threads=1), card, STEPS, whole=False)
 
 
 def _reserved(run: Imagined, card: Card) -> int | None:

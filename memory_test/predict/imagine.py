@@ -34,11 +34,13 @@ class ImaginedHardware(Hardware):
         tracer: Knows what lives on the device.
         card: Which card; `None`: the CPU of this machine.
         rule_seconds: What norm rules cost on it.
+        whole: Whether trials whose result is known are made all the same, for what they take.
     """
 
-    def __init__(self, tracer: Tracer, card: Card | None, rule_seconds: Cost) -> None:
+    def __init__(self, tracer: Tracer, card: Card | None, rule_seconds: Cost, whole: bool) -> None:
         self._tracer, self._card = tracer, card
         self.rule_seconds = rule_seconds
+        self.has_data = whole
 
     def is_cuda(self, tensor: Tensor) -> bool:
         """Return whether the device is CUDA's."""
@@ -69,18 +71,19 @@ class ImaginedHardware(Hardware):
 
 
 @contextlib.contextmanager
-def imagine(tracer: Tracer, card: Card | None, rule_seconds: Cost) -> Iterator[None]:
+def imagine(tracer: Tracer, card: Card | None, rule_seconds: Cost, *, whole: bool = True) -> Iterator[None]:
     """Run what is inside on a device that is not there.
 
     Args:
         tracer: Writes the log.
         card: Which card; `None`: the CPU of this machine.
         rule_seconds: What norm rules cost on it.
+        whole: Whether trials whose result is known are made all the same.
     """
     calls = _Calls(tracer, card)
     with (
         workable(),
-        imagined(ImaginedHardware(tracer, card, rule_seconds)),
+        imagined(ImaginedHardware(tracer, card, rule_seconds, whole)),
         FakeTensorMode(allow_non_fake_inputs=True),
         tracer,
         calls,
