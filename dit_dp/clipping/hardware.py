@@ -46,6 +46,10 @@ class Hardware:
         """Return whether a tensor of one bool is true; where tensors hold no data, the usual answer."""
         return bool(condition)
 
+    def with_data(self) -> contextlib.AbstractContextManager[object]:
+        """Return a context whose tensors hold data wherever the step is imagined: a generator's state is the host's."""
+        return contextlib.nullcontext()
+
     def norm_scope(self) -> contextlib.AbstractContextManager[object]:
         """Return a profiler range for norm and Gram buffers; nothing at all, and no cost, where no profiler runs."""
         return record_function(NORM_SCOPE) if torch._C._autograd._profiler_enabled() else contextlib.nullcontext()

@@ -9,6 +9,8 @@ Neither is a cryptographic generator.
 import numpy as np
 import torch
 
+from dit_dp.clipping.hardware import hardware
+
 MT19937_WORDS = 624
 _WORDS_AT = 24  # in `torch.Generator.get_state()` on CPU: seed, left, seeded, next; then the words, 8 bytes each
 
@@ -31,7 +33,14 @@ def generator_of(entropy: bytes, device: torch.device) -> torch.Generator:
     if device.type != "cpu":
         return generator.manual_seed(int.from_bytes(entropy, "little"))
     words = np.frombuffer(entropy, dtype="<u4").astype(np.uint64)
-    state = generator.manual_seed(0).get_state().numpy().copy()  # as freshly seeded: the words are twisted before use
-    state[_WORDS_AT : _WORDS_AT + words.nbytes] = words.view(np.uint8)
-    generator.set_state(torch.from_numpy(state))
+    with hardware().with_data():
+        state = generator.manual_seed(0).get_state().numpy().copy()  # freshly seeded: words are twisted before use
+        state[_WORDS_AT : _WORDS_AT + words.nbytes] = words.view(np.uint8)
+        generator.set_state(torch.from_numpy(state))
     return generator
+
+
+def state_of(generator: torch.Generator) -> bytes:
+    """Return a generator's whole state."""
+    with hardware().with_data():
+        return generator.get_state().numpy().tobytes()

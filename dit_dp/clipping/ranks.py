@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dit_dp.clipping.noise import state_of
 from dit_dp.errors import EngineStateError, UsageError
 
 
@@ -127,7 +128,7 @@ class Replicas(Ranks):
         Raises:
             UsageError: On every rank, if any rank's differs.
         """
-        state = b"" if generator is None else generator.get_state().numpy().tobytes()
+        state = b"" if generator is None else state_of(generator)
         fingerprint = hashlib.sha256(state).hexdigest()
         found = self._gather({**values, "generator": fingerprint})
         for name in (*values, "generator"):

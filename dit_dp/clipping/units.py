@@ -126,9 +126,9 @@ def with_zero_units(batch: Batch, units: Units, count: int) -> tuple[Batch, Unit
     """Return a batch with units of zeros added until there are `count`, each of as many rows as the first unit."""
     missing = max(0, count - units.num_units)
     ids = torch.arange(units.num_rows) if units.row_to_unit is None else units.row_to_unit
-    size = int((ids == 0).sum()) or 1
+    size = 1 if units.row_to_unit is None else int((ids == 0).sum()) or 1
     ids = torch.cat([ids, torch.arange(units.num_units, units.num_units + missing).repeat_interleave(size)])
     longer = map_tensors(lambda t: torch.cat([t, t.new_zeros(missing * size, *t.shape[1:])]), batch)
     if isinstance(longer, Mapping) and ROW_TO_UNIT in longer:
         longer = {**longer, ROW_TO_UNIT: ids.to(longer[ROW_TO_UNIT].device)}
-    return longer, Units.of(len(ids), ids)
+    return longer, Units.of(len(ids), None if units.row_to_unit is None else ids)
