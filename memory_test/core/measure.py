@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_dp.clipping import attach
 from dit_dp.clipping.engine import Engine
@@ -20,6 +20,9 @@ from memory_test.core.workload import Data, build_data, build_model, engine_opti
 
 Gate = Callable[[int], None]
 """Awaited before a step, told its number."""
+
+Wrap = Callable[[nn.Module], nn.Module]
+"""From a model on its device to what a method is attached to, such as its replica or shard among several ranks."""
 
 MEMORY_STEPS = 3
 """Steps of a memory pass: the first, whose optimizer state is born in it, and two steady ones."""
@@ -97,6 +100,7 @@ def run_loop(
     on_progress: Callable[[str], None],
     gate: Gate | None = None,
     data: Data | None = None,
+    wrap: Wrap | None = None,
 ) -> dict[str, Any]:
     """Build everything and take `num_steps` steps, telling the meter of every phase.
 
@@ -107,6 +111,7 @@ def run_loop(
         on_progress: Told of every phase.
         gate: Called with the number of each step before it begins, between phases; may wait.
         data: Where batches come from; default: what the configuration names.
+        wrap: What is done to the model after it is built; default: nothing.
 
     Returns:
         What was chosen automatically, and parameter counts.
@@ -118,7 +123,7 @@ def run_loop(
         meter.mark(step, phase)
 
     announce("model")
-    engine, optimizer, ema = _build(resolved, announce)
+    engine, optimizer, ema = _build(resolved, announce, wrap)
     announce("input")
     data = data or build_data(resolved)
     loss_fn = loss_function(data, resolved["dtype"])
@@ -126,7 +131,7 @@ def run_loop(
     meter.hold(lambda: _holdings(engine, optimizer, ema, batch))
     settings: dict[str, Any] = {
         "noise_multiplier": resolved["noise_multiplier"],
-        "expected_batch_size": resolved["batch_size"] * resolved["accumulation"],
+        "expected_batch_size": resolved["batch_size"] * resolved["accumulation"] * resolved.get("world_size", 1),
         "generator": data.device_generator,
         "ema": ema,
         "on_phase": announce,
@@ -149,13 +154,15 @@ def run_loop(
 
 
 def _build(
-    resolved: dict[str, Any], announce: Callable[[str], None]
+    resolved: dict[str, Any], announce: Callable[[str], None], wrap: Wrap | None
 ) -> tuple[Engine, torch.optim.Optimizer, Ema | None]:
     """Return the engine, attached to a new model, the optimizer of its parameters and their average."""
     torch.manual_seed(resolved["seed"])
     model = build_model(resolved).to(resolved["device"])
     if resolved["compile"]:
         model.compile()  # in place; what it compiles, and when, is the first step's to pay
+    if wrap is not None:
+        model = wrap(model)
     options = engine_options(resolved)
     engine = attach(model, resolved["experiment"], resolved["max_grad_norm"], on_phase=announce, **options)
     optimizer = make_optimizer(
@@ -173,20 +180,26 @@ def _holdings(
     """Yield everything held now, with its category."""
     model = engine.model
     for parameter in model.parameters():
-        yield "parameters", parameter
+        yield "parameters", _local(parameter)
         if parameter.grad is not None:
-            yield "gradients", parameter.grad
+            yield "gradients", _local(parameter.grad)
     for buffer in model.buffers():
         yield "parameters", buffer
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
-                yield "optimizer_state", value
+                yield "optimizer_state", _local(value)
     for average in ema.tensors if ema else ():
-        yield "optimizer_state", average
+        yield "optimizer_state", _local(average)
     yield from engine.tracked_tensors()
     for tensor in batch.values():
         yield "input", tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that is spread over ranks (a `DTensor`); any other as it is."""
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
 
 
 def _choices(engine: Engine) -> dict[str, Any]:
