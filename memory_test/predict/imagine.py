@@ -56,6 +56,10 @@ class ImaginedHardware(Hardware):
         """Return the usual answer."""
         return usually
 
+    def with_data(self) -> contextlib.AbstractContextManager[object]:
+        """Leave the imagined device."""
+        return _as_it_is()
+
     def norm_scope(self) -> contextlib.AbstractContextManager[object]:
         """Tell the tracer."""
         return self._tracer.norm_scope()
@@ -88,6 +92,7 @@ def imagine(tracer: Tracer, card: Card | None, rule_seconds: Cost, *, whole: boo
         tracer,
         calls,
         _also_in_backward(calls),
+        _resizes_seen(tracer),
     ):
         yield
 
@@ -109,11 +114,39 @@ def _also_in_backward(mode: TorchFunctionMode) -> Iterator[None]:
         autograd._engine_run_backward = run
 
 
+@contextlib.contextmanager
+def _resizes_seen(tracer: Tracer) -> Iterator[None]:
+    """Have storages that are emptied and filled again logged: it is no operation, and how FSDP2 frees what it gathered.
+
+    **Edge cases**: a storage of no bytes is still the device's.
+    """
+    storage: Any = torch.UntypedStorage
+    resize = storage.resize_
+
+    def seen(self: Any, size: int) -> Any:
+        result = resize(self, size)
+        tracer.resized(self)
+        return result
+
+    storage.resize_ = seen
+    try:
+        yield
+    finally:
+        del storage.resize_
+
+
+@contextlib.contextmanager
+def _as_it_is() -> Iterator[None]:
+    """Run what is inside on tensors with data."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
 def on_this_machine(cost: Cost) -> Cost:
     """Return a cost that is measured here, on tensors with data, also while a device is imagined."""
 
     def measured(rule: str, batch: int, call: Any) -> float:
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
+        with _as_it_is():
             return cost(rule, batch, call)
 
     return measured

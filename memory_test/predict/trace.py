@@ -171,6 +171,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
     ) -> Any:
         if func is _DEVICE:  # asked more often than anything is computed
             return _CPU
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a tensor around others, such as a rank's shard: what it does with them comes here
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         out = self._run(func, name, args, kwargs)
@@ -221,13 +223,17 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
     def see(self, tensor: Tensor) -> None:
         """Log the birth of a tensor's storage on the device, unless it is there; if its size changed, it is new."""
         storage = tensor.untyped_storage()
+        if storage._cdata in self._live:
+            self.resized(storage)
+        elif storage.nbytes():
+            self._follow(storage, self._bear(Storage(storage.nbytes(), self._scope > 0)))
+
+    def resized(self, storage: Any) -> None:
+        """Log that a storage of the device may have another size now: the old memory goes, new memory comes."""
         key, size = storage._cdata, storage.nbytes()
         known = self._live.get(key)
-        if known is not None:
-            if self.trace.storages[known[0]].num_bytes == size:
-                return
+        if known is not None and self.trace.storages[known[0]].num_bytes != size:
             self._bury(key, known[0])
-        if size:
             self._follow(storage, self._bear(Storage(size, self._scope > 0)))
 
     def _follow(self, storage: Any, index: int) -> None:
@@ -278,6 +284,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
             yield
         finally:
             self._on_host -= 1
+
+    @contextlib.contextmanager
+    def silence(self) -> Iterator[None]:
+        """What is born meanwhile stands for no memory."""
+        before, self._silent = self._silent, True
+        try:
+            yield
+        finally:
+            self._silent = before
 
     # --- what is alike is traced once -------------------------------------------------------------------------
 
@@ -330,11 +345,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
             run = begun
             self.trace.add(first + index)
         self._repeat(stretch.operations[run:])
-        self._silent = True
-        try:
+        with self.silence():
             made = torch.empty_strided(stretch.shape, stretch.stride, dtype=stretch.dtype)
-        finally:
-            self._silent = False
         self._follow(made.untyped_storage(), first + stretch.result)
         return made
 
