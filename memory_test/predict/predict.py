@@ -1,5 +1,6 @@
 """One configuration without a GPU: the measuring loop on an imagined device, replayed through its allocator."""
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,7 +12,7 @@ from torch import Tensor
 from dit_dp.clipping.costs import measured
 from dit_dp.objectives import DDPMObjective
 from memory_test.core.breakdown import Tag
-from memory_test.core.measure import MEMORY_STEPS, Measured, run_loop, summarise
+from memory_test.core.measure import MEMORY_STEPS, Measured, Wrap, run_loop, summarise
 from memory_test.core.meters import MemoryReading, TaggingMeter, Times, forward_only
 from memory_test.core.workload import Data
 from memory_test.predict.allocator import AllocatorSettings
@@ -100,13 +101,22 @@ def imagined_run(
         cost = rule_seconds(Ceilings.of(card))
         data = _blank_data(resolved)
     meter = TraceMeter(tracer)
-    with imagine(tracer, card, cost, whole=whole):
-        choices = run_loop(resolved, meter, num_steps, lambda phase: None, data=data)
+    with _ranks(tracer, resolved) as wrap, imagine(tracer, card, cost, whole=whole):
+        choices = run_loop(resolved, meter, num_steps, lambda phase: None, data=data, wrap=wrap)
         tracer.stop()
     tracer.trace.order_deaths(place.position for place in meter.places)
     kernels = {op.name for op in tracer.trace.operations if op.name.startswith("_scaled_dot_product")}
     choices["attention_kernels"] = list(forward_only(kernels))
     return Imagined(tracer.trace, tuple(meter.places), tuple(meter.tags), choices)
+
+
+def _ranks(tracer: Tracer, resolved: dict[str, Any]) -> contextlib.AbstractContextManager[Wrap | None]:
+    """Return the other ranks, if the configuration names any; `torch.distributed` is loaded only then."""
+    if resolved.get("world_size", 1) == 1:
+        return contextlib.nullcontext()
+    from memory_test.predict.ranks import imagined_ranks
+
+    return imagined_ranks(tracer, resolved["world_size"], resolved["sharding"])
 
 
 def _blank_data(resolved: dict[str, Any]) -> Data:
