@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dit_dp import validate
 from dit_dp.errors import UsageError
-from dit_dp.models.dit import DiT, check_batch, check_dropout, select_labels
+from dit_dp.models.dit import DiT
+from dit_dp.models.embedders import check_batch, check_dropout, select_labels
 from dit_dp.models.registry import LATENT_DOWNSAMPLE, MODELS
 from dit_dp.models.weights import use_reference_numerics_
 
