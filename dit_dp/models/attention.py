@@ -64,7 +64,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (N, T, 3, H, E)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (N, H, T, E)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         if rope is not None:
             q, k = rope(q), rope(k)
         mask = None
@@ -75,6 +75,13 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)  # (N, H, T, E)
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))  # (N, T, D)
         return out
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """Return a norm of x, taken in its weight's dtype: autocast sees to that for LayerNorm, not for RMSNorm."""
+    weight = getattr(norm, "weight", None)
+    out: Tensor = norm(x if weight is None else x.to(weight.dtype))
+    return out
 
 
 class CrossAttention(nn.Module):

@@ -216,7 +216,8 @@ class DiTwDDTHead(nn.Module):
         for block in self.blocks[: self.num_encoder_blocks]:
             s = run_block(block, s, c, self.enc_feat_rope, recompute=self.activation_checkpointing)
         s = self.s_projector(F.silu(time.unsqueeze(1) + s))  # (N, T, W)
-        tokens = self.x_embedder(x)  # (N, T, W)
+        # Not rounded by autocast, as blocks add to it.
+        tokens = self.x_embedder(x).to(self.x_embedder.proj.weight.dtype)  # (N, T, W)
         for block in self.blocks[self.num_encoder_blocks :]:
             tokens = run_block(block, tokens, s, self.dec_feat_rope, recompute=self.activation_checkpointing)
         return unpatchify(self.final_layer(tokens, s), self.patch_size, self.out_channels)
