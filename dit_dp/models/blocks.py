@@ -14,7 +14,7 @@ from dit_dp.models.attention import Attention, Mlp
 
 
 class ViTBlock(nn.Module):
-    """Transformer block of a ViT: norm, attention, norm, MLP, each with a residual; names as in timm.
+    """Transformer block of a ViT: norm, attention, norm, MLP, each with a residual; a block of timm's loads into it.
 
     Args:
         width: D.
@@ -31,7 +31,7 @@ class ViTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, num_heads, local=local)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = Mlp(width, int(width * mlp_ratio), act=nn.GELU())
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens (N, T, D)."""

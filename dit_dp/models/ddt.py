@@ -147,18 +147,14 @@ class DiTwDDTHead(nn.Module):
         grid_size = input_size // patch_size
         self.enc_feat_rope = RotaryPositions(encoder // num_heads[0], grid_size) if use_rope else None
         self.dec_feat_rope = RotaryPositions(decoder // num_heads[1], grid_size) if use_rope else None
-        self.blocks = nn.ModuleList(
-            DiTBlock(
-                width,
-                heads,
-                mlp_ratio,
-                norm=norms[0],
-                qk_norm=norms[1] if use_qknorm else None,
-                mlp=SwiGLU(width, int(2 / 3 * int(width * mlp_ratio))) if use_swiglu else None,
-            )
-            for width, heads, blocks in zip(hidden_size, num_heads, depth, strict=True)
-            for _ in range(blocks)
-        )
+
+        def block(width: int, heads: int) -> nn.Module:
+            mlp = SwiGLU(width, int(2 / 3 * int(width * mlp_ratio))) if use_swiglu else None
+            qk_norm = norms[1] if use_qknorm else None
+            return DiTBlock(width, heads, mlp_ratio, norm=norms[0], mlp=mlp, qk_norm=qk_norm)
+
+        streams = zip(hidden_size, num_heads, depth, strict=True)
+        self.blocks = nn.ModuleList(block(width, heads) for width, heads, blocks in streams for _ in range(blocks))
         self.initialize_weights()
 
     @classmethod

@@ -9,7 +9,7 @@ Few-shot diffusion models (arXiv 2205.15463) are where encoder and conditioning 
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class SetEncoder(nn.Module):
         channels: Channels of an input.
         input_size: H = W.
         patch_size: p.
-        width: D.
+        hidden_size: D.
         depth: Number of blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLP over D.
@@ -78,7 +78,7 @@ class SetEncoder(nn.Module):
         *,
         input_size: int,
         patch_size: int,
-        width: int,
+        hidden_size: int,
         depth: int,
         num_heads: int,
         mlp_ratio: float,
@@ -87,11 +87,11 @@ class SetEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
-        self.x_embedder = PatchEmbed(patch_size, channels, width)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, 2 + (input_size // patch_size) ** 2, width))
-        self.blocks = nn.ModuleList(ViTBlock(width, num_heads, mlp_ratio, local=local) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.x_embedder = PatchEmbed(patch_size, channels, hidden_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.pos_embed = nn.Parameter(torch.empty(1, 2 + (input_size // patch_size) ** 2, hidden_size))
+        self.blocks = nn.ModuleList(ViTBlock(hidden_size, num_heads, mlp_ratio, local=local) for _ in range(depth))
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
         init_linears_(self)
         init_as_linear_(self.x_embedder.proj)
         for parameter in (self.cls_token, self.pos_embed):
@@ -163,29 +163,12 @@ class SetDiT(nn.Module):
         validate.integer("encoder_depth", encoder_depth)
         self.input_size, self.in_channels, self.out_channels = input_size, in_channels, in_channels
         self.sample_size, self.encoder_kind, self.conditioning = sample_size, encoder, conditioning
-        self.dit = (LagDiT if conditioning == "lag" else DiT)(
-            input_size=input_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            num_classes=None,
-            learn_sigma=False,
-            activation_checkpointing=activation_checkpointing,
-        )
-        self.encoder = SetEncoder(
-            in_channels * (sample_size - 1) if encoder == "svit" else in_channels,
-            input_size=input_size,
-            patch_size=patch_size,
-            width=hidden_size,
-            depth=encoder_depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            local=encoder == "svit",
-            activation_checkpointing=activation_checkpointing,
-        )
+        shared: dict[str, Any] = {"input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size}
+        shared |= {"num_heads": num_heads, "mlp_ratio": mlp_ratio, "activation_checkpointing": activation_checkpointing}
+        denoiser = LagDiT if conditioning == "lag" else DiT
+        self.dit = denoiser(in_channels=in_channels, depth=depth, num_classes=None, learn_sigma=False, **shared)
+        stacked = sample_size - 1 if encoder == "svit" else 1
+        self.encoder = SetEncoder(in_channels * stacked, depth=encoder_depth, local=encoder == "svit", **shared)
         self.time_embed = TimestepEmbedder(hidden_size)
         self.posterior = nn.Linear(hidden_size, 2 * hidden_size) if variational else None
         self.context_shape = (hidden_size,) if conditioning == "film" else (self.dit.num_tokens, hidden_size)

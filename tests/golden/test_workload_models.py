@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from dit_dp.errors import UsageError
-from dit_dp.models import FAMILIES, DiT, DiTwDDTHead, DualStreamDiT, PandaDiT, SetDiT, model_class
+from dit_dp.models import (
+    FAMILIES,
+    DiT,
+    DiTHuggingFaceWrapper,
+    DiTwDDTHead,
+    DualStreamDiT,
+    PandaDiT,
+    SetDiT,
+    model_class,
+)
 
 COUNTS: dict[str, tuple[Any, int, int]] = {
     "x2": (lambda: DualStreamDiT.from_name("DiT-XL/2"), 690_388_000, 690_093_088),
@@ -140,6 +149,13 @@ GROUPS: dict[str, tuple[Any, dict[str, int], tuple[str, ...]]] = {
         lambda: SetDiT(input_size=4, sample_size=3, hidden_size=8, depth=1, num_heads=2, variational=True),
         {"dit": 20, "encoder": 25},
         ("dit.pos_embed",),
+    ),
+    "diffusers": (
+        lambda: DiTHuggingFaceWrapper(
+            model_name="DiT-S/2", img_size=64, hidden_size=8, depth=1, num_heads=2, num_classes=10, pretrained=False
+        ),
+        {"head": 4, "backbone": 17},
+        ("model.pos_embed",),
     ),
     "panda": (lambda: PandaDiT(input_size=8, hidden_size=8, depth=1), {"head": 4, "backbone": 38}, ()),
 }
