@@ -60,21 +60,9 @@ def plain_norm(width: int) -> nn.Module:
     return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
-def modulation_of(layer: nn.Module, c: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Return an adaLN layer's output in equal parts that broadcast over tokens.
-
-    Args:
-        layer: Gives parts * D numbers for a condition.
-        c: A condition an example, (N, D), or a token, (N, T, D).
-        parts: How many.
-
-    Returns:
-        `parts` tensors, (N, 1, D) or (N, T, D).
-    """
-    modulation: Tensor = layer(c)  # (N, parts * D) or (N, T, parts * D)
-    if modulation.dim() == 2:
-        modulation = modulation.unsqueeze(1)
-    return modulation.chunk(parts, dim=-1)
+def by_token(modulation: Tensor) -> Tensor:
+    """Return an adaLN output for an example, (N, D), or for a token, (N, T, D), so that it broadcasts over tokens."""
+    return modulation.unsqueeze(1) if modulation.dim() == 2 else modulation
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -113,7 +101,8 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, rope: nn.Module | None = None) -> Tensor:
         """Transform tokens (N, T, D) under a condition an example, (N, D), or a token, (N, T, D)."""
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation_of(self.adaLN_modulation, c, 6)
+        modulation = by_token(self.adaLN_modulation(c))  # (N, 1 or T, 6D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         mixed = self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rope)  # (N, T, D)
         x = x + gate_msa * mixed
         transformed: Tensor = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
@@ -133,7 +122,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Turn tokens (N, T, D) under a condition (N, D) or (N, T, D) into patches (N, T, p*p*O)."""
-        shift, scale = modulation_of(self.adaLN_modulation, c, 2)
+        shift, scale = by_token(self.adaLN_modulation(c)).chunk(2, dim=-1)  # (N, 1 or T, D) each
         out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, p*p*O)
         return out
 

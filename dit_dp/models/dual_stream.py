@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dit_dp import validate
 from dit_dp.errors import UsageError
 from dit_dp.models.blocks import ViTBlock, named_groups, run_block
-from dit_dp.models.dit import DiT, modulate, modulation_of
+from dit_dp.models.dit import DiT, by_token, modulate
 from dit_dp.models.embedders import INIT_STD, PatchEmbed, init_as_linear_, init_linears_
 
 FINE = 4
@@ -120,5 +120,5 @@ class DualStreamDiT(DiT):
         if self.x2_proj_out is not None:
             tokens = self.x2_proj_out(tokens)  # (N, T, D)
         if self.x2_modulation is not None:
-            tokens = modulate(tokens, *modulation_of(self.x2_modulation, c, 2))
+            tokens = modulate(tokens, *by_token(self.x2_modulation(c)).chunk(2, dim=-1))
         return tokens

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dit_dp import validate
 from dit_dp.models.attention import Attention, Mlp
 from dit_dp.models.blocks import named_groups, run_block
-from dit_dp.models.dit import modulate, unpatchify
+from dit_dp.models.dit import by_token, modulate, unpatchify
 from dit_dp.models.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, check_batch
 
 
@@ -38,15 +38,10 @@ class PandaBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Transform tokens (N, T, D) under the condition (N, D)."""
-
-        def by_token(layer: nn.Module) -> Tensor:
-            vector: Tensor = layer(c)
-            return vector.unsqueeze(1)  # (N, 1, D)
-
-        mixed = self.attn(modulate(self.norm1(x), by_token(self.shift_msa), by_token(self.scale_msa)))  # (N, T, D)
-        x = x + by_token(self.gate_msa) * mixed
-        transformed = self.mlp(modulate(self.norm2(x), by_token(self.shift_mlp), by_token(self.scale_mlp)))
-        out: Tensor = x + by_token(self.gate_mlp) * transformed  # (N, T, D)
+        layers = (self.shift_msa, self.scale_msa, self.gate_msa, self.shift_mlp, self.scale_mlp, self.gate_mlp)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = [by_token(layer(c)) for layer in layers]
+        x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))  # (N, T, D)
+        out: Tensor = x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
         return out
 
 
