@@ -27,7 +27,12 @@ COUNTS: dict[str, tuple[Any, int, int]] = {
     ),
     "DDT-S": (lambda: DiTwDDTHead.from_name("DDT-S"), 23_300_096, 23_201_536),
     "DDT-B": (lambda: DiTwDDTHead.from_name("DDT-B"), 141_273_940, 141_077_076),
+    "DDT-L": (lambda: DiTwDDTHead.from_name("DDT-L"), 725_952_256, 725_657_088),
     "DDT-XL": (lambda: DiTwDDTHead.from_name("DDT-XL"), 838_675_796, 838_380_628),
+    "set": (SetDiT, 35_641_494, 35_521_686),
+    "set, ViT": (lambda: SetDiT(encoder="vit"), 35_619_024, 35_499_216),
+    "set, lag": (lambda: SetDiT(conditioning="lag"), 40_909_302, 40_789_494),
+    "set, variational": (lambda: SetDiT(variational=True), 36_080_478, 35_960_670),
     "panda": (PandaDiT, 773_344, 773_344),
 }
 """Total, and without the fixed positions and frequencies."""

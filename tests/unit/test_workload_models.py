@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_dp.errors import UsageError
-from dit_dp.models import DiT, DualStreamDiT
+from dit_dp.models import DiT, DiTwDDTHead, DualStreamDiT
 from dit_dp.models.attention import Attention
 from dit_dp.models.ddt import GaussianFourierEmbedding, RotaryPositions
 from dit_dp.models.dit import randomize_zero_init_
@@ -307,6 +307,7 @@ def test_pandas_positions_and_modulations_do_not_start_at_zero() -> None:
         (lambda: x2(x2_final_fuse=False), "x2_final_fuse: got False; accepted: True; or 1 to 2 for x2_fuse_every"),
         (lambda: x2(x2_final_fuse=False, x2_fuse_every=3), "x2_final_fuse: got False"),
         (lambda: x2(x2_width=13), "x2_width: got 13; accepted: a multiple of 2"),
+        (lambda: DiTwDDTHead.from_name("DDT-M"), "model: got 'DDT-M'; accepted: DDT-S, DDT-B, DDT-L, DDT-XL"),
         (lambda: ddt(depth=(1,)), "depth: got .1,.; accepted: two numbers"),
         (lambda: ddt(num_heads=(3, 2)), "hidden_size: got 16; accepted: a multiple of 12"),
         (lambda: ddt(hidden_size=(16, 0)), r"hidden_size\[1\]: got 0"),
