@@ -79,6 +79,14 @@ class BlankImages:
         return inputs, torch.empty(count, dtype=torch.int64, device="cuda")
 
 
+class ImaginedObjective(DDPMObjective):
+    """Brings its tables to the imagined device when they are first asked for."""
+
+    def _at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
+        self._tables[table] = self._tables[table].cuda()
+        return super()._at(table, t, like)
+
+
 def imagined_run(resolved: dict[str, Any], card: Card | None) -> Imagined:
     """Run the measuring loop on a device that is not there.
 
@@ -104,8 +112,9 @@ def imagined_run(resolved: dict[str, Any], card: Card | None) -> Imagined:
 
 
 def _blank_data(resolved: dict[str, Any]) -> Data:
-    """Return batches without data; what the objective keeps stays on the host."""
-    objective = DDPMObjective(learn_sigma=resolved["learn_sigma"], class_dropout_prob=resolved["class_dropout_prob"])
+    """Return batches without data."""
+    drops = resolved["class_dropout_prob"]
+    objective = ImaginedObjective(learn_sigma=resolved["learn_sigma"], class_dropout_prob=drops)
     images: Any = BlankImages(resolved["in_channels"], resolved["latent_size"])
     return Data(images, objective, "cpu", torch.Generator(), torch.Generator())
 

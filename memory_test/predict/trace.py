@@ -5,6 +5,7 @@ was made by an operation on one that does; all others are the host's and not log
 """
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -27,6 +29,8 @@ class Temporary:
     Attributes:
         rule, numbers: Its bytes are ``rule(*numbers)``; kept apart, since bytes need not be affine in the batch.
         before: Whether it is taken before the operation's results.
+        last: Number, among those taken after the results, of the last one that it lives to see; `None`: lives until
+            the operation ends.
         stays: Whether it is kept, as a library's workspace is.
     """
 
@@ -34,6 +38,7 @@ class Temporary:
     numbers: tuple[int, ...]
     before: bool = False
     stays: bool = False
+    last: int | None = None
 
 
 Temporaries = Callable[[str, Sequence[Any], bool], list[Temporary]]
@@ -93,6 +98,12 @@ class Trace:
         self.events.append(event)
         self.event_operations.append(len(self.operations))
 
+    def drop_last(self) -> None:
+        """Undo the last event, the birth of the last storage."""
+        self.storages.pop()
+        self.events.pop()
+        self.event_operations.pop()
+
 
 class Tracer(TorchDispatchMode):  # type: ignore[misc]
     """Writes a `Trace` of what runs while it is entered.
@@ -116,6 +127,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         self._live: dict[int, tuple[int, Any]] = {}
         self._scope = 0
         self._on_host = 0
+        self._sum: tuple[int | None, int | None] = (None, None)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -127,15 +139,18 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         if not self._host_too and (self._on_host or not self._on_device(tensors)):
             return out
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and not leaf.is_meta]
+        results = results[: len(results) - ON_HOST.get(name, 0)]
         found = self._temporaries(name, args, _in_backward()) if self._temporaries else []
         self._note_operation(func, name, args, kwargs, out, tensors, results)
         taken = [self._take(each) for each in found if each.before]
         for tensor in results:
             self.see(tensor)
-        taken += [self._take(each) for each in found if not each.before]
-        for index, temporary in taken:
-            if not temporary.stays:
-                self.trace.add(index)
+        if name == "add" and _by_autograd():
+            self._sum = (self.index(args[0]), self.index(out))
+        for number, each in enumerate(each for each in found if not each.before):
+            taken.append(self._take(each))
+            taken = self._release(taken, number)
+        self._release(taken, None)
         return out
 
     def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -186,7 +201,35 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
     def _bury(self, key: int, index: int) -> None:
         if self._live.get(key, (None,))[0] == index:
             del self._live[key]
-            self.trace.add(index)
+            if not self._reused(index):
+                self.trace.add(index)
+
+    def _reused(self, index: int) -> bool:
+        """Return whether the storage that dies becomes the sum that was born last.
+
+        Autograd adds up a tensor's gradients in the first one, if nothing else holds that, and if it is no fake one
+        (torch/csrc/autograd/input_buffer.cpp). So what dies as soon as a sum exists would have become it.
+        """
+        first, total = self._sum
+        if total is None or first != index or self.trace.events[-1] != total:
+            return False
+        if self.trace.storages[total].num_bytes != self.trace.storages[index].num_bytes:
+            return False
+        self._sum = (None, None)
+        self.trace.drop_last()
+        key, storage = next((key, ref()) for key, (known, ref) in self._live.items() if known == total)
+        self._live[key] = (index, weakref.ref(storage, lambda _: self._bury(key, index)))
+        return True
+
+    def _release(self, taken: list[tuple[int, Temporary]], number: int | None) -> list[tuple[int, Temporary]]:
+        """End the temporaries that do not outlive number so-and-so; return the others."""
+        kept = []
+        for index, temporary in taken:
+            if temporary.last != number:
+                kept.append((index, temporary))
+            elif not temporary.stays:
+                self.trace.add(index)
+        return kept
 
     def _take(self, temporary: Temporary) -> tuple[int, Temporary]:
         num_bytes = temporary.rule(*temporary.numbers)
@@ -232,6 +275,24 @@ def _in_backward() -> bool:
     task: int = torch._C._current_graph_task_id()
     return task >= 0
 
+
+def _by_autograd() -> bool:
+    """Return whether autograd's engine adds: no Python lies between it and the tracer, and no graph is made."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.endswith(_WRAPPERS):
+        frame = frame.f_back
+    return frame.f_code is _ENGINE and not frame.f_locals["args"][_CREATE_GRAPH]
+
+
+_WRAPPERS = ("_dynamo/eval_frame.py", "torch/_compile.py")
+"""What keeps `torch.compile` out of a dispatch mode, and lies between it and its caller."""
+
+_ENGINE = _engine_run_backward.__code__
+_CREATE_GRAPH = 2
+"""Which argument of the engine, after the outputs, asks for a graph of the backward."""
+
+ON_HOST = {"_scaled_dot_product_efficient_attention": 2}
+"""By operation: how many of its last results are the host's on CUDA, a generator's state that is not used."""
 
 _DATA_DEPENDENT = frozenset({"DataDependentOutputException", "DynamicOutputShapeException"})
 
