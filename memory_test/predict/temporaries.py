@@ -1,7 +1,7 @@
 """What CUDA operations allocate inside, which no tensor shows: one table, by operation.
 
-Found by asking the caching allocator before and after every operation (torch 2.11.0+cu130, sm_90, on an emulated
-runtime); the launch rules behind the sizes are ATen's, named beside each row.
+Found in the caching allocator's history of every operation (torch 2.11.0+cu130, sm_90, on the emulated runtime of
+`memory_test.predict.emulator`); the launch rules behind the sizes are ATen's, named beside each row.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class CudaTemporaries:
 
     def _workspaces(self, name: str, args: Sequence[Any], in_backward: bool) -> list[Temporary]:
         """cuBLAS's workspace, kept by each thread (ATen/cuda/CublasHandlePool.cpp); products with a bias go by Lt."""  # noqa: D403
-        by_lt = name == "addmm" and args[0].dim() == 1 and args[1].shape[0] > 1 and args[2].shape[1] > 1
+        by_lt = name == "addmm" and args[0].dim() == 1 and min(args[2].shape) > 1  # (ATen/native/cuda/Blas.cpp)
         return self._first_use(("cublas", "lt") if by_lt else ("cublas",), in_backward)
 
     def _first_use(self, libraries: Sequence[str], in_backward: bool) -> list[Temporary]:
