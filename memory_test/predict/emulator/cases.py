@@ -120,6 +120,6 @@ CASES: tuple[Case, ...] = (
     _case("lean", "L", 16, EXPANDABLE, **_BF16),
     _case("bookkeeping", "B", 16, _UNSPLIT),
     _case("opacus-ghost", "L", 8, _UNSPLIT),
-    _case("vanilla", "B", 16, _collecting(0.04)),
-    _case("ghost", "B", 16, _collecting(0.06)),
+    _case("vanilla", "B", 16, _collecting(0.08)),
+    _case("ghost", "B", 16, _collecting(0.08)),
 )

@@ -48,14 +48,14 @@ def _edge(method: str, model: str, gib: int, start: int, **changes: Any) -> Edge
 
 
 EDGES = (
-    _edge("vanilla", "S", 4, 37),
-    _edge("vanilla", "S", 4, 37, settings=EXPANDABLE),
-    _edge("bookkeeping", "S", 4, 33),
+    _edge("vanilla", "S", 4, 38),
+    _edge("vanilla", "S", 4, 38, settings=EXPANDABLE),
+    _edge("bookkeeping", "S", 4, 37),
     _edge("ghost", "S", 4, 37),
-    _edge("opacus", "S", 6, 35),
-    _edge("opacus-ghost", "S", 4, 31),
-    _edge("vanilla", "B", 8, 52, dtype="bf16"),
-    _edge("bookkeeping", "B", 8, 30, activation_checkpointing=True),
+    _edge("opacus", "S", 6, 34),
+    _edge("opacus-ghost", "S", 4, 36),
+    _edge("vanilla", "B", 8, 57, dtype="bf16"),
+    _edge("bookkeeping", "B", 8, 41, activation_checkpointing=True),
 )
 
 
