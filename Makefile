@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+EMULATED ?= .venv-emulator
 DEMO ?= memory_test/sweeps/demo.yaml
 DEMO_DIR ?= results/runs/demo
 
-.PHONY: demo test test-full lint reference engine-cpu auto-search seeds clean
+.PHONY: demo test test-full lint reference engine-cpu auto-search seeds emulator-check clean
 
 demo: $(VENV)/.installed
 	@mkdir -p $(dir $(DEMO_DIR))
@@ -48,6 +49,19 @@ seeds: $(VENV)/.installed
 	-$(BIN)/python memory_test/diffusion_profile/single_experiment.py --experiment ghost \
 	  --output results/seeds/ghost-pixels.json --image-size 256 --patch-size 2 --in-channels 3 --batch-size 1 --num-iter 3
 
+# Predictions against torch's CUDA build on an emulated CUDA runtime, without a GPU: needs gcc and 6 GB for that build.
+# About an hour on 2 cores that do nothing else; finished configurations are kept in build/emulator.
+emulator-check: $(VENV)/.installed $(EMULATED)/.installed
+	mkdir -p results/prediction
+	OMP_NUM_THREADS=1 $(BIN)/python -m memory_test.predict.emulator.check $(EMULATED)/bin/python results/prediction
+
+$(EMULATED)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(EMULATED)
+	grep -Ev '^(torch|triton)==' constraints.txt > $(EMULATED)/constraints.txt
+	$(EMULATED)/bin/python -m pip install --quiet --disable-pip-version-check -c $(EMULATED)/constraints.txt \
+	  torch==2.11.0 -e .
+	touch $@
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.11 ..." >&2; exit 2; }
@@ -62,4 +76,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(EMULATED) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

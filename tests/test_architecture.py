@@ -31,6 +31,7 @@ WITHOUT_TORCH = [
     "dit_dp.clipping",
     "dit_dp.models",
     "dit_dp.privacy",
+    "dit_dp.objectives.config",
     "memory_test.cli",
     "memory_test.compare.compare",
     "memory_test.core.breakdown",

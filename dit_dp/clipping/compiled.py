@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 from torch._functorch import config
 
 from dit_dp.errors import EngineStateError, UnsupportedModelError
@@ -55,18 +56,34 @@ def compiling(*, walked_twice: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def walking_twice(method: str) -> Iterator[None]:
-    """Surround the first of two backward passes over one graph.
+def walking_twice(losses: Tensor, method: str) -> Iterator[None]:
+    """Surround the first of two backward passes over the graph of some losses.
+
+    torch's own check is switched off inside: it takes code that was compiled for two walks and for changing shapes, and
+    thus has no list of donated buffers, for code that has one.
 
     Raises:
-        EngineStateError: A part of it was compiled to be walked once. torch refuses it before anything is written over.
+        EngineStateError: A part of the graph was compiled to be walked once; nothing was written over yet.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if "donated buffer" not in str(error):
-            raise
+    if _donates(losses):
         raise EngineStateError(
             f"backward: {method} walks the graph twice, and a part of it was compiled to be walked once; call "
             f"accumulate after torch.compiler.reset(), which compiles it for two walks, or use method='bookkeeping'"
-        ) from error
+        )
+    with config.patch(donated_buffer=False):
+        yield
+
+
+def _donates(losses: Tensor) -> bool:
+    """Return whether a part of a graph was compiled to write over what it saved."""
+    todo, seen = [losses.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        compiled = getattr(node, "_forward_cls", None)
+        if getattr(getattr(compiled, "metadata", None), "bw_donated_idxs", None):
+            return True
+        todo += [following for following, _ in node.next_functions]
+    return False

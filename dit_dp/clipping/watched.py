@@ -214,7 +214,7 @@ class WatchedEngine(Engine):
             parameter.grad = None
         self._squares = losses.new_zeros(losses.shape[0], dtype=torch.promote_types(losses.dtype, torch.float32))
         try:
-            with walking_twice(self.method) if self.walks_twice else contextlib.nullcontext():
+            with walking_twice(losses, self.method) if self.walks_twice else contextlib.nullcontext():
                 weights = torch.full_like(losses, self._loss_weight)
                 torch.autograd.backward(losses, weights, retain_graph=self.walks_twice)
             foreign = [name for name, p in parameters.items() if p.grad is not None]

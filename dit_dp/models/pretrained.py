@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from dit_dp import validate
 from dit_dp.errors import UsageError
-from dit_dp.models.dit import DiT, check_batch, check_dropout, select_labels
+from dit_dp.models.blocks import named_groups
+from dit_dp.models.dit import DiT
+from dit_dp.models.embedders import check_batch, check_dropout, select_labels
 from dit_dp.models.registry import LATENT_DOWNSAMPLE, MODELS
 from dit_dp.models.weights import use_reference_numerics_
 
@@ -127,6 +129,11 @@ class DiTHuggingFaceWrapper(nn.Module):
     def num_tokens(self) -> int:
         """T, the number of tokens the blocks see."""
         return int(self.latent_size // self.patch_size) ** 2
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Return the names of all parameters but fixed positions, by the part of the model they belong to."""
+        head = ("model.final_layer.", "model.proj_out_")
+        return named_groups(self, {"head": head, "backbone": ("",)}, fixed=("model.pos_embed",))
 
     def forward(
         self,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_dp.errors import UsageError
-from dit_dp.models.dit import sincos_positions
+from dit_dp.models.embedders import sincos_positions
 
 _TOP = {
     "x_embedder.proj": "pos_embed.proj",

@@ -1,5 +1,32 @@
-"""What a diffusion model is trained on: one loss per example, all randomness drawn before the forward."""
+"""What a diffusion model is trained on: one loss per privacy unit, all randomness drawn before the forward.
 
-from dit_dp.objectives.ddpm import DDPMObjective
+Names are resolved on first use, so that reading `dit_dp.objectives.config` does not import torch.
+"""
 
-__all__ = ["DDPMObjective"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dit_dp.objectives.config import METRICS, PATHS, TARGETS, TIMES, ObjectiveConfig, shift_for
+
+if TYPE_CHECKING:
+    from dit_dp.objectives.ddpm import DDPMObjective
+    from dit_dp.objectives.objective import Objective
+
+_LAZY = {"DDPMObjective": "dit_dp.objectives.ddpm", "Objective": "dit_dp.objectives.objective"}
+
+__all__ = [
+    "METRICS",
+    "PATHS",
+    "TARGETS",
+    "TIMES",
+    "DDPMObjective",
+    "Objective",
+    "ObjectiveConfig",
+    "shift_for",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

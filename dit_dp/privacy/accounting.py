@@ -9,7 +9,7 @@ accounting, which is looser, brackets the search.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,29 +87,40 @@ def noise_multiplier(*, target_epsilon: float, delta: float, sample_rate: float,
     _check_delta(delta)
     validate.integer("num_steps", num_steps)
 
-    def excess(log_sigma: float, accountant: Accountant) -> float:
+    def excess(log_sigma: float, accountant: Accountant = "pld") -> float:
+        """Return the logarithm of what is spent over what may be; it falls as noise grows."""
         sigma = math.exp(log_sigma)
         run = Mechanism(noise_multiplier=sigma, sample_rate=sample_rate, num_steps=num_steps)
         return math.log(max(epsilon(run, delta, accountant), 1e-12) / target_epsilon)
 
-    from scipy.optimize import brentq
-
     low, high = math.log(_SMALLEST), math.log(_LARGEST)
     if excess(high, "rdp") > 0:
-        raise UsageError.for_value(
-            "epsilon", target_epsilon, "a larger budget", "or take fewer steps, or a larger delta"
-        )
+        fix = "or take fewer steps, or a larger delta"
+        raise UsageError.for_value("epsilon", target_epsilon, "a larger budget", fix)
     while high - low > 0.02:  # the looser bound, which is cheap
         middle = (low + high) / 2
         low, high = (middle, high) if excess(middle, "rdp") > 0 else (low, middle)
-    while excess(high, "pld") > 0:  # the tighter bound is rounded up
-        high += TOLERANCE
-    while excess(low := high - 0.2, "pld") <= 0:
-        high = low
-    found = brentq(excess, low, high, args=("pld",), xtol=TOLERANCE / 4)
-    while excess(found, "pld") > 0:
-        found += TOLERANCE / 4
-    return math.exp(found)
+    slope = (excess(high + 0.05, "rdp") - excess(high, "rdp")) / 0.05
+    return math.exp(_descend(excess, high, min(slope, -0.1)))
+
+
+def _descend(excess: Callable[[float], float], x: float, slope: float) -> float:
+    """Return where a falling function is at most 0, and not further below than `TOLERANCE` of x is worth.
+
+    Secant steps from a point and the slope there, aimed at the middle of what is accepted; few, since every value of
+    the function is an accountant's run.
+    """
+    value = excess(x)
+    while not slope * TOLERANCE <= value <= 0:
+        if x < math.log(_SMALLEST) and value < 0:
+            return x
+        step = (slope * TOLERANCE / 2 - value) / slope
+        step = max(-0.5, min(0.5, step))
+        before, x = value, x + step
+        value = excess(x)
+        if step and (value - before) / step < 0:
+            slope = (value - before) / step
+    return x
 
 
 def _check_delta(delta: float) -> None:

@@ -99,6 +99,8 @@ def command(args: PlanArgs, row: MethodPlan, budget: Budget | None) -> str:
         row.physical_batch or 1 if in_loop else args.batch_size,
         row.accumulation or 1 if in_loop else 1,
     )
+    if row.memory_budget_gib is not None:
+        cell = dataclasses.replace(cell, memory_budget_gib=row.memory_budget_gib)
     if budget is not None:
         cell = dataclasses.replace(cell, noise_multiplier=round(budget.noise_multiplier, 4))
     words = ["memory-test", "run"]

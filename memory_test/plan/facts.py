@@ -17,6 +17,7 @@ class MethodPlan:
         physical_batch: Examples at a time.
         accumulation: Physical batches that make the logical one; by the loop, or by the method itself (`in_engine`).
         in_engine: Whether the method takes the logical batch and parts it itself.
+        memory_budget_gib: Given to the method; `None`: it takes its own.
         peak_reserved_bytes: Predicted.
         free_bytes: Left on the card, the CUDA context counted.
         step_seconds: Of the logical batch, every operation at the card's ceilings: a ranking, not a time.
@@ -30,6 +31,7 @@ class MethodPlan:
     physical_batch: int | None = None
     accumulation: int | None = None
     in_engine: bool = False
+    memory_budget_gib: float | None = None
     peak_reserved_bytes: int | None = None
     free_bytes: int | None = None
     step_seconds: float | None = None

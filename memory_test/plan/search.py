@@ -7,7 +7,7 @@ from itertools import pairwise
 from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UsageError
 from memory_test.core.config import ExperimentConfig
-from memory_test.core.units import format_bytes
+from memory_test.core.units import GIB, format_bytes
 from memory_test.plan.facts import MethodPlan
 from memory_test.predict.affine import AffineRun
 from memory_test.predict.allocator import OutOfMemoryError
@@ -21,6 +21,9 @@ SMALL = (4, 8)
 
 STEPS = 2
 """Traced steps: the first, and one with optimizer state."""
+
+SHARES = (0.85, 0.75, 0.65, 0.5)
+"""Budgets, of what the card leaves, that are tried where a method's own leaves too little room for fragments."""
 
 _ONCE = ("noise", "optimizer")
 """Phases that a step goes through once, however many physical batches it takes."""
@@ -65,8 +68,24 @@ def _reserved(run: Imagined, card: Card) -> int | None:
 
 
 def _in_engine(method: str, cell: Cell, logical: int, room: Card, card: Card) -> MethodPlan:
-    """Plan a method that takes the logical batch whole."""
-    run = _imagine(cell(logical, 1), room)
+    """Plan a method that takes the logical batch whole; where it plans too tightly, with a smaller budget."""
+    shares: tuple[float | None, ...] = (None, *SHARES) if METHODS[method].takes_memory_budget else (None,)
+    tried = []
+    for share in shares:
+        budget = None if share is None else round(share * room.usable_bytes / GIB, 3)
+        row = _with_budget(method, dataclasses.replace(cell(logical, 1), memory_budget_gib=budget), room, card)
+        if row.status == "fits":
+            return row
+        tried.append(row)
+    return tried[-1]
+
+
+def _with_budget(method: str, config: ExperimentConfig, room: Card, card: Card) -> MethodPlan:
+    logical = config.batch_size
+    try:
+        run = _imagine(config, room)
+    except UsageError as error:  # not even the leanest plan is within the budget
+        return MethodPlan(method=method, status="too large", reason=str(error))
     physical = int(run.choices.get("physical_batch", 1 if method == "microbatch" else logical))
     reserved = _reserved(run, room)
     if reserved is None:
@@ -80,6 +99,7 @@ def _in_engine(method: str, cell: Cell, logical: int, room: Card, card: Card) ->
         peak_reserved_bytes=reserved,
         free_bytes=card.usable_bytes - reserved,
         step_seconds=sum(phase_seconds(run, Ceilings.of(card)).values()),
+        memory_budget_gib=config.memory_budget_gib,
         choices=run.choices,
     )
 

@@ -243,8 +243,7 @@ class CachingAllocator:
         if first.prev is not None:
             first.prev.next = first
         block.prev = first
-        block.address += size
-        block.size -= size
+        block.address, block.size = block.address + size, block.size - size
         block.pool.insert(block)
         return first
 

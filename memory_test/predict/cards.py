@@ -29,6 +29,7 @@ class Card:
         float32, tf32, bf16: Dense FLOP a second: of its cores, and of its tensor cores by operand; 0: it has none.
         context_bytes: Held before the first tensor.
         attention: Kernel to take for granted, or ``auto``: the one torch picks.
+        cudnn_convolution: Whether cuDNN convolves; what that takes inside is not known. Otherwise torch's own kernel.
         source: Where the numbers are from.
     """
 
@@ -44,6 +45,7 @@ class Card:
     bf16: float
     context_bytes: int = CONTEXT_BYTES
     attention: Attention = "auto"
+    cudnn_convolution: bool = True
     source: str = ""
 
     @property

@@ -21,7 +21,7 @@ from dit_dp.clipping.hardware import Hardware, imagined
 from memory_test.predict.attention import attend
 from memory_test.predict.cards import Card
 from memory_test.predict.fakes import workable
-from memory_test.predict.trace import Tracer
+from memory_test.predict.tracer import Tracer
 
 T = TypeVar("T")
 Cost = Callable[[str, int, Any], float]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_dp.clipping.costs import measured
 from dit_dp.objectives import DDPMObjective
+from dit_dp.objectives.paths import Diffusion
 from memory_test.core.breakdown import Tag
 from memory_test.core.measure import MEMORY_STEPS, Measured, Wrap, run_loop, summarise
 from memory_test.core.meters import MemoryReading, TaggingMeter, Times, forward_only
@@ -22,7 +23,8 @@ from memory_test.predict.imagine import imagine, on_this_machine
 from memory_test.predict.replay import Peaks, Place, as_log, replay
 from memory_test.predict.roofline import Ceilings, operation_seconds, rule_seconds
 from memory_test.predict.temporaries import CudaTemporaries
-from memory_test.predict.trace import Trace, Tracer
+from memory_test.predict.trace import Trace
+from memory_test.predict.tracer import Tracer
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,15 @@ class BlankImages:
         return inputs, torch.empty(count, dtype=torch.int64, device="cuda")
 
 
+class ImaginedDiffusion(Diffusion):
+    """Brings its tables to the imagined device when they are first asked for."""
+
+    def at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
+        """Return a table's entries, as `Diffusion.at`."""
+        self._tables[table] = self._tables[table].cuda()
+        return super().at(table, t, like)
+
+
 def imagined_run(
     resolved: dict[str, Any], card: Card | None, num_steps: int = MEMORY_STEPS, *, whole: bool = True
 ) -> Imagined:
@@ -120,8 +131,10 @@ def _ranks(tracer: Tracer, resolved: dict[str, Any]) -> contextlib.AbstractConte
 
 
 def _blank_data(resolved: dict[str, Any]) -> Data:
-    """Return batches without data; what the objective keeps stays on the host."""
-    objective = DDPMObjective(learn_sigma=resolved["learn_sigma"], class_dropout_prob=resolved["class_dropout_prob"])
+    """Return batches without data."""
+    drops = resolved["class_dropout_prob"]
+    objective = DDPMObjective(learn_sigma=resolved["learn_sigma"], class_dropout_prob=drops)
+    objective.path = ImaginedDiffusion(objective.config.num_steps)
     images: Any = BlankImages(resolved["in_channels"], resolved["latent_size"])
     return Data(images, objective, "cpu", torch.Generator(), torch.Generator())
 

@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dit_dp.errors import UsageError
 from memory_test.core.measure import Wrap
-from memory_test.predict.trace import Tracer
+from memory_test.predict.tracer import Tracer
 
 
 @contextlib.contextmanager
@@ -53,11 +53,18 @@ def replicate(model: nn.Module) -> nn.Module:
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Shard every transformer block alone, and the rest as one, by FSDP2."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            for block in module:
-                fully_shard(block, mesh=mesh)
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the members of the model's outermost lists that have parameters."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from (block for block in child if any(True for _ in block.parameters()))
+        else:
+            yield from _blocks(child)
 
 
 @contextlib.contextmanager

@@ -1,23 +1,12 @@
-"""The log of a step that is only imagined: which storages are born and die, in which order, and what is computed.
+"""The log of a step that is only imagined: which storages are born and die, in which order, and what is computed."""
 
-Operations run on tensors without data (`FakeTensorMode`). A tensor belongs to the device if it came there by `.to`, or
-was made by an operation on one that does; all others are the host's and not logged.
-"""
-
-import contextlib
-import weakref
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 Rule = Callable[..., int]
 """Bytes of a temporary from integers, such as its operation's sizes."""
@@ -30,6 +19,8 @@ class Temporary:
     Attributes:
         rule, numbers: Its bytes are ``rule(*numbers)``; kept apart, since bytes need not be affine in the batch.
         before: Whether it is taken before the operation's results.
+        last: Number, among those taken after the results, of the last one that it lives to see; `None`: lives until
+            the operation ends.
         stays: Whether it is kept, as a library's workspace is.
     """
 
@@ -37,6 +28,7 @@ class Temporary:
     numbers: tuple[int, ...]
     before: bool = False
     stays: bool = False
+    last: int | None = None
 
 
 Temporaries = Callable[[str, Sequence[Any], bool], list[Temporary]]
@@ -98,6 +90,12 @@ class Trace:
         self.events.append(event)
         self.event_operations.append(len(self.operations))
 
+    def drop_last(self) -> None:
+        """Undo the last event, the birth of the last storage."""
+        self.storages.pop()
+        self.events.pop()
+        self.event_operations.pop()
+
     def order_deaths(self, borders: Iterable[int]) -> None:
         """Put storages that die at one instant in order of birth: which goes first is chance, and differs by run.
 
@@ -118,267 +116,3 @@ class Trace:
             positions = list(group)
             deaths = slice(positions[0], positions[-1] + 1)
             self.events[deaths] = sorted(self.events[deaths])
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """A part of a trace that left nothing behind but its result, to be written again.
-
-    Attributes:
-        storages, operations: Born and run in it.
-        events: Index into `storages` and the number of operations begun, by event.
-        result: Index into `storages` of the result's.
-        shape, stride, dtype: The result's.
-    """
-
-    storages: list[Storage]
-    operations: list[Operation]
-    events: list[tuple[int, int]]
-    result: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Tracer(TorchDispatchMode):  # type: ignore[misc]
-    """Writes a `Trace` of what runs while it is entered.
-
-    Args:
-        temporaries: What operations take inside.
-        stand_ins: By operation: what to return where the result's size depends on data.
-        host_too: Whether the host's tensors are logged as well: the device is the CPU.
-    """
-
-    def __init__(
-        self,
-        temporaries: Temporaries | None = None,
-        stand_ins: dict[str, Callable[..., Any]] | None = None,
-        *,
-        host_too: bool = False,
-    ) -> None:
-        super().__init__()
-        self.trace = Trace()
-        self._temporaries, self._stand_ins, self._host_too = temporaries, stand_ins or {}, host_too
-        self._live: dict[int, tuple[int, Any]] = {}
-        self._scope = 0
-        self._on_host = 0
-        self._weight = 1
-        self._silent = False
-        self._stretches: dict[Any, _Stretch] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is _DEVICE:  # asked more often than anything is computed
-            return _CPU
-        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
-            return NotImplemented  # a tensor around others, such as a rank's shard: what it does with them comes here
-        kwargs = kwargs or {}
-        name = func._schema.name.removeprefix("aten::")
-        out = self._run(func, name, args, kwargs)
-        if self._silent:
-            return out
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not self._host_too and (self._on_host or not self._on_device(tensors)):
-            return out
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and not leaf.is_meta]
-        found = self._temporaries(name, args, _in_backward()) if self._temporaries else []
-        self._note_operation(func, name, args, kwargs, out, tensors, results)
-        taken = [self._take(each) for each in found if each.before]
-        for tensor in results:
-            self.see(tensor)
-        taken += [self._take(each) for each in found if not each.before]
-        for index, temporary in taken:
-            if not temporary.stays:
-                self.trace.add(index)
-        return out
-
-    def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """Run the operation; where its result depends on data, return the stand-in's."""
-        try:
-            return func(*args, **kwargs)
-        except Exception as error:
-            if name in self._stand_ins and type(error).__name__ in _DATA_DEPENDENT:
-                return self._stand_ins[name](*args, **kwargs)
-            raise
-
-    def _note_operation(
-        self, func: Any, name: str, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], results: list[Tensor]
-    ) -> None:
-        if func.is_view or not results:
-            return
-        flops = _flops(func, name, args, kwargs, out)
-        num_bytes = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*tensors, *results))
-        self.trace.operations.append(Operation(name, flops, num_bytes, results[0].dtype, self._weight))
-
-    def _on_device(self, tensors: list[Tensor]) -> bool:
-        """Return whether an operation on these runs on the device: one of them is there, or it makes the first."""
-        return not tensors or any(self._key(tensor) in self._live for tensor in tensors)
-
-    @staticmethod
-    def _key(tensor: Tensor) -> int:
-        key: int = tensor.untyped_storage()._cdata
-        return key
-
-    def see(self, tensor: Tensor) -> None:
-        """Log the birth of a tensor's storage on the device, unless it is there; if its size changed, it is new."""
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._live:
-            self.resized(storage)
-        elif storage.nbytes():
-            self._follow(storage, self._bear(Storage(storage.nbytes(), self._scope > 0)))
-
-    def resized(self, storage: Any) -> None:
-        """Log that a storage of the device may have another size now: the old memory goes, new memory comes."""
-        key, size = storage._cdata, storage.nbytes()
-        known = self._live.get(key)
-        if known is not None and self.trace.storages[known[0]].num_bytes != size:
-            self._bury(key, known[0])
-            self._follow(storage, self._bear(Storage(size, self._scope > 0)))
-
-    def _follow(self, storage: Any, index: int) -> None:
-        """Log the death of a storage that was born as number `index`, when it comes."""
-        key = storage._cdata
-        self._live[key] = (index, weakref.ref(storage, lambda _: self._bury(key, index)))
-
-    def _bear(self, storage: Storage) -> int:
-        self.trace.storages.append(storage)
-        self.trace.add(len(self.trace.storages) - 1)
-        return len(self.trace.storages) - 1
-
-    def _bury(self, key: int, index: int) -> None:
-        if self._live.get(key, (None,))[0] == index:
-            del self._live[key]
-            self.trace.add(index)
-
-    def _take(self, temporary: Temporary) -> tuple[int, Temporary]:
-        num_bytes = temporary.rule(*temporary.numbers)
-        return self._bear(Storage(num_bytes, self._scope > 0, temporary)), temporary
-
-    # --- the rest of the imagined machine ---------------------------------------------------------------------
-
-    def index(self, tensor: Tensor) -> int | None:
-        """Return the index of a tensor's storage; `None` for the host's."""
-        known = self._live.get(self._key(tensor))
-        return None if known is None else known[0]
-
-    @property
-    def live_bytes(self) -> int:
-        """Bytes of the storages that live now."""
-        return sum(self.trace.storages[index].num_bytes for index, _ in self._live.values())
-
-    @contextlib.contextmanager
-    def norm_scope(self) -> Iterator[None]:
-        """What is born meanwhile is for norms or Gram matrices."""
-        self._scope += 1
-        try:
-            yield
-        finally:
-            self._scope -= 1
-
-    @contextlib.contextmanager
-    def host(self) -> Iterator[None]:
-        """What is born meanwhile is the host's."""
-        self._on_host += 1
-        try:
-            yield
-        finally:
-            self._on_host -= 1
-
-    @contextlib.contextmanager
-    def silence(self) -> Iterator[None]:
-        """What is born meanwhile stands for no memory."""
-        before, self._silent = self._silent, True
-        try:
-            yield
-        finally:
-            self._silent = before
-
-    # --- what is alike is traced once -------------------------------------------------------------------------
-
-    def rounds(self, count: int) -> Iterator[int]:
-        """Yield the first two rounds of a loop and the last; the second counts for all that are left out."""
-        for index in range(count) if count <= 3 else (0, 1, count - 1):
-            before, self._weight = self._weight, self._weight * (count - 2 if index == 1 and count > 3 else 1)
-            try:
-                yield index
-            finally:
-                self._weight = before
-
-    def apply(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Return what a function returns; for arguments of shapes that were seen, write its stretch again."""
-        key = (function, *(_shape(arg) if isinstance(arg, Tensor) else arg for arg in args))
-        known = self._stretches.get(key)
-        if known is not None and not torch.is_grad_enabled():
-            return self._write_again(known)
-        begin = (len(self.trace.storages), len(self.trace.events), len(self.trace.operations))
-        out = function(*args)
-        stretch = self._cut(begin, out)
-        if stretch is not None:
-            self._stretches[key] = stretch
-        return out
-
-    def _cut(self, begin: tuple[int, int, int], out: Any) -> _Stretch | None:
-        """Return what was written since `begin`, if all that was born in it, but the result, died in it."""
-        storage, event, operation = begin
-        events = self.trace.events[event:]
-        result = self.index(out) if isinstance(out, Tensor) else None
-        lasting = {index for index, count in Counter(events).items() if count == 1}
-        if result is None or lasting != {result} or min(events) < storage:
-            return None
-        begun = [count - operation for count in self.trace.event_operations[event:]]
-        return _Stretch(
-            storages=self.trace.storages[storage:],
-            operations=self.trace.operations[operation:],
-            events=[(index - storage, count) for index, count in zip(events, begun, strict=True)],
-            result=result - storage,
-            shape=tuple(out.shape),
-            stride=out.stride(),
-            dtype=out.dtype,
-        )
-
-    def _write_again(self, stretch: _Stretch) -> Tensor:
-        first, run = len(self.trace.storages), 0
-        self.trace.storages += [replace(storage, scope=self._scope > 0) for storage in stretch.storages]
-        for index, begun in stretch.events:
-            self._repeat(stretch.operations[run:begun])
-            run = begun
-            self.trace.add(first + index)
-        self._repeat(stretch.operations[run:])
-        with self.silence():
-            made = torch.empty_strided(stretch.shape, stretch.stride, dtype=stretch.dtype)
-        self._follow(made.untyped_storage(), first + stretch.result)
-        return made
-
-    def _repeat(self, operations: list[Operation]) -> None:
-        self.trace.operations += [replace(operation, count=self._weight) for operation in operations]
-
-    def stop(self) -> None:
-        """Log no more: what dies now dies with the program."""
-        self._live = {}
-
-
-def _shape(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _in_backward() -> bool:
-    """Return whether autograd's engine runs: on CUDA in a thread of its own, with its own library handles."""
-    task: int = torch._C._current_graph_task_id()
-    return task >= 0
-
-
-_DEVICE, _CPU = torch.ops.prim.device.default, torch.device("cpu")
-_DATA_DEPENDENT = frozenset({"DataDependentOutputException", "DynamicOutputShapeException"})
-
-PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
-"""By product: which argument's last dimension is summed over. Their overloads do not all fit the counter's formulas."""
-
-
-def _flops(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
-    """Return an operation's FLOPs; 0 where nobody counts them."""
-    if name in PRODUCTS:
-        inner: int = args[PRODUCTS[name]].shape[-1]
-        return 2 * int(out.numel()) * inner
-    formula = flop_registry.get(func._overloadpacket)
-    return int(formula(*args, **kwargs, out_val=out)) if formula else 0

@@ -166,7 +166,21 @@ def _maps(pid: int) -> str:
         return ""
 
 
-@pytest.mark.parametrize("arguments", [(), ("run",), ("sweep",), ("compare",), ("report",), ("inspect",), ("doctor",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("run",),
+        ("sweep",),
+        ("compare",),
+        ("report",),
+        ("inspect",),
+        ("doctor",),
+        ("predict",),
+        ("plan",),
+        ("cards",),
+    ],
+)
 def test_help_needs_no_torch(arguments: tuple[str, ...]) -> None:
     code = f"import sys; from memory_test.cli import main; main([*{arguments!r}, '--help'])"
     probe = f"import atexit, sys; atexit.register(lambda: sys.stderr.write(str('torch' in sys.modules))); {code}"
@@ -179,7 +193,7 @@ def test_help_needs_no_torch(arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("rnu",), "run, sweep, compare, report, inspect, doctor"),
+        (("rnu",), "run, sweep, compare, report, inspect, predict, plan, cards, doctor"),
         (("run", "--experiment", "vanila"), "experiment: got 'vanila'; accepted: vanilla, "),
         (("run", "--experiment", "ghost", "--in-channels", "5"), "in_channels: got 5; accepted: 3 (RGB pixels), 4"),
         (("run", "--experiment", "ghost", "--batch-size", "0"), "batch_size: got 0; accepted: an integer >= 1"),

@@ -12,6 +12,7 @@ from dit_dp.clipping import METHODS, attach
 from dit_dp.clipping.batch import Batch
 from dit_dp.clipping.reference import clipped_sum
 from dit_dp.errors import EngineStateError, UnsupportedModelError
+from tests import workload_models
 from tests.models import Case, groups_of, make_case
 from tests.oracle.test_dit import OBJECTIVE, draw, tiny_dit
 from tests.oracle.test_methods import median_norm, relative_error
@@ -112,6 +113,25 @@ def test_compiled_after_attach(method: str) -> None:
         return OBJECTIVE(compiled[0], batch)
 
     check(dit_case(), model, method, loss_fn)
+
+
+def test_batches_that_change_in_size() -> None:
+    """As Poisson sampling draws them: from the second size on shapes are dynamic, and compiled code differs."""
+    model = in_place(tiny_dit(), "aot_eager")
+    engine = attach(model, "ghost", max_grad_norm=0.1)
+    for count in (4, 3):
+        engine.zero_grad()
+        engine.accumulate(OBJECTIVE, draw(count))
+        engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
+        wanted, _ = clipped_sum(tiny_dit(), OBJECTIVE, draw(count), 0.1)
+        assert relative_error({name: p.grad for name, p in engine.parameters.items()}, wanted) < 1e-5  # type: ignore[misc]
+
+
+def test_blocks_of_two_widths() -> None:
+    """One forward for encoder and decoder, so that it is compiled for sizes that change within a model."""
+    objective, batch, _ = workload_models.draw("ddt")
+    case = Case(workload_models.build("ddt"), batch, objective)
+    check(case, in_place(workload_models.build("ddt"), "aot_eager"), "ghost")
 
 
 @pytest.mark.parametrize("kind", ["convs", "words", "reused", "blocks"])

@@ -12,7 +12,6 @@ from memory_test.predict.predict import imagined_run, predict_memory
 MOST = {"peak_allocated_bytes": 0.005, "first_step_peak_allocated_bytes": 0.01}
 """Largest relative errors: what operations allocate inside is not seen; in a first step's trials it shows most."""
 
-METHODS_HERE = [name for name, method in METHODS.items() if not method.sharded]
 SMALL: dict[str, Any] = {"model": "DiT-S/2", "depth": 2, "hidden_size": 128, "num_heads": 4, "device": "cpu"}
 
 
@@ -41,7 +40,7 @@ def check(**changes: Any) -> None:
         )
 
 
-@pytest.mark.parametrize("method", METHODS_HERE)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str) -> None:
     check(experiment=method, batch_size=4)
 

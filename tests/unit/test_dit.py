@@ -9,7 +9,8 @@ from torch.func import functional_call, grad, vmap
 
 from dit_dp.errors import UsageError
 from dit_dp.models import DiT as LazyDiT
-from dit_dp.models.dit import DiT, randomize_zero_init_, select_labels, sincos_positions, time_sinusoid
+from dit_dp.models.dit import DiT, randomize_zero_init_
+from dit_dp.models.embedders import select_labels, sincos_positions, time_sinusoid
 
 TINY: dict[str, Any] = {"input_size": 8, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 10}
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
