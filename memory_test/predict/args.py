@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from dit_dp import validate
+from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UsageError
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.store import check_writable
@@ -13,6 +15,8 @@ from memory_test.predict.cards import Card, find_card
 
 CPU_NAME = "cpu"
 """What stands for this machine's CPU in place of a card."""
+
+SHARDINGS = ("none", "ddp", "fsdp2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,10 @@ class PredictArgs:
     custom:memory=24,sms=128,..., or cpu: this machine's."""
     expandable_segments: bool = False
     """As in PYTORCH_ALLOC_CONF."""
+    world_size: int = 1
+    """Ranks that train together, each with BATCH_SIZE examples of its own; rank 0 is predicted."""
+    sharding: Literal["none", "ddp", "fsdp2"] = "none"
+    """Over several ranks: ddp: each has the whole model; fsdp2: each has its part, gathered by transformer block."""
     max_split_size_mb: int | None = None
     """As in PYTORCH_ALLOC_CONF."""
     garbage_collection_threshold: float = 0.0
@@ -58,6 +66,30 @@ class PredictArgs:
             raise UsageError.for_value("device", "cpu", "auto", "--gpu says where; this machine's CPU is --gpu cpu")
         if self.card is None and self.snapshot is not None:
             raise UsageError.for_value("snapshot", str(self.snapshot), "a card", "only CUDA has such snapshots")
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        """Refuse ranks that cannot train together, or not by this method."""
+        validate.integer("world_size", self.world_size)
+        validate.one_of("sharding", self.sharding, SHARDINGS)
+        if self.sharding == "none" and self.world_size > 1:
+            raise UsageError.for_value("sharding", "none", SHARDINGS[1:], f"{self.world_size} ranks share it in one way")
+        if self.sharding != "none" and self.world_size == 1:
+            raise UsageError.for_value(
+                "world_size", 1, "an integer >= 2", f"--sharding {self.sharding} is about several ranks"
+            )
+        method = self.config.experiment
+        if self.sharding != "none" and METHODS[method].peer:
+            ours = [name for name, facts in METHODS.items() if not facts.peer]
+            raise UsageError.for_value("experiment", method, ours, "peers run on one rank")
+        if self.sharding == "fsdp2" and not METHODS[method].sharded:
+            able = [name for name, facts in METHODS.items() if facts.sharded]
+            raise UsageError.for_value("experiment", method, able, "it cannot run on FSDP2's shards")
+
+    @property
+    def ranks(self) -> dict[str, Any]:
+        """What a resolved configuration says of several ranks; nothing of one."""
+        return {"world_size": self.world_size, "sharding": self.sharding} if self.world_size > 1 else {}
 
     @property
     def card(self) -> Card | None:

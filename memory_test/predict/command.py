@@ -27,7 +27,7 @@ def run_predict(args: PredictArgs) -> int:
     config, card = args.config, args.card
     sys.stderr.write(f"{describe_cell(config)}, on {args.gpu}: predicted, nothing is run\n")
     device = "cpu" if card is None else "cuda"
-    resolved = config.resolve(device=device, num_threads=config.num_threads or default_threads())
+    resolved = config.resolve(device=device, num_threads=config.num_threads or default_threads()) | args.ranks
     with named(config.model):
         run = imagined_run(resolved, card)
     found, failure = on_card(run, card, args.settings)

@@ -50,13 +50,22 @@ def predicted_record(
         breakdown_bytes=repeat.breakdown_bytes,
         config_requested=dataclasses.asdict(config),
         config_resolved=resolved,
-        choices=found.choices,
+        choices={**found.choices, **_of_ranks(resolved)},
         environment=environment,
         timeline=repeat.timeline,
         failure=None if failure is None else _failure(failure, card),
-        error_band=band.CUDA if card else band.CPU,
+        error_band=band.of(card is not None, "sharding" in resolved),
         repeats=[repeat],
     )
+
+
+def _of_ranks(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Return over how many ranks, and what of them is covered; nothing for one."""
+    if "sharding" not in resolved:
+        return {}
+    covered, not_covered = band.RANKS_COVERED[resolved["sharding"]], band.RANKS_NOT_COVERED[resolved["sharding"]]
+    names = {name: resolved[name] for name in ("world_size", "sharding")}
+    return {**names, "ranks_covered": covered, "ranks_not_covered": not_covered}
 
 
 def imagined_environment(card: Card | None, settings: AllocatorSettings) -> Environment:

@@ -19,7 +19,8 @@ def describe_prediction(record: Record, card: Card | None) -> str:
     assert record.peak_allocated_bytes is not None
     lines = [f"peak        {format_bytes(record.peak_allocated_bytes)} allocated ± {band.peak_allocated:.1%}"]
     if record.peak_reserved_bytes is not None:
-        lines[0] += f", {format_bytes(record.peak_reserved_bytes)} reserved ± {band.peak_reserved:.0%}"
+        lines[0] += f", {format_bytes(record.peak_reserved_bytes)} reserved"
+        lines[0] += " (error unknown)" if band.peak_reserved is None else f" ± {band.peak_reserved:.0%}"
     if card is not None:
         lines += _use(record, card)
     phase = max(record.phases, key=lambda name: record.phases[name].peak_allocated_bytes or 0)
@@ -30,6 +31,11 @@ def describe_prediction(record: Record, card: Card | None) -> str:
     if card is not None:
         kernels = [str(name).split("_attention")[0].rsplit("_", 1)[-1] for name in record.choices["attention_kernels"]]
         lines.append("attention   " + ("; ".join(_ATTENTION.get(name, name) for name in kernels) or "none"))
+    if "sharding" in record.choices:
+        size, sharding = record.choices["world_size"], record.choices["sharding"]
+        batch = record.config_requested["batch_size"]
+        lines.append(f"ranks       this is rank 0 of {size}, {sharding}, each with a batch of {batch}")
+        lines += [f"counted     {record.choices['ranks_covered']}", f"not counted {record.choices['ranks_not_covered']}"]
     lines.append(f"± means     {band.source}")
     return "\n".join(lines)
 
