@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dit_dp import validate
 from dit_dp.clipping.registry import METHODS
@@ -16,7 +16,10 @@ from memory_test.predict.cards import Card, find_card
 CPU_NAME = "cpu"
 """What stands for this machine's CPU in place of a card."""
 
-SHARDINGS = ("none", "ddp", "fsdp2")
+Sharding = Literal["none", "ddp", "fsdp2"]
+
+MOST_RANKS = 1024
+"""FSDP2 and `DTensor` cut every tensor into as many pieces one by one, also in a prediction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class PredictArgs:
     """As in PYTORCH_ALLOC_CONF."""
     world_size: int = 1
     """Ranks that train together, each with BATCH_SIZE examples of its own; rank 0 is predicted."""
-    sharding: Literal["none", "ddp", "fsdp2"] = "none"
+    sharding: Sharding = "none"
     """Over several ranks: ddp: each has the whole model; fsdp2: each has its part, gathered by transformer block."""
     max_split_size_mb: int | None = None
     """As in PYTORCH_ALLOC_CONF."""
@@ -70,10 +73,12 @@ class PredictArgs:
 
     def _check_ranks(self) -> None:
         """Refuse ranks that cannot train together, or not by this method."""
-        validate.integer("world_size", self.world_size)
-        validate.one_of("sharding", self.sharding, SHARDINGS)
+        if isinstance(self.world_size, bool) or not 1 <= self.world_size <= MOST_RANKS:
+            raise UsageError.for_value("world_size", self.world_size, f"an integer from 1 to {MOST_RANKS}")
+        shardings = get_args(Sharding)
+        validate.one_of("sharding", self.sharding, shardings)
         if self.sharding == "none" and self.world_size > 1:
-            raise UsageError.for_value("sharding", "none", SHARDINGS[1:], f"{self.world_size} ranks share it in one way")
+            raise UsageError.for_value("sharding", "none", shardings[1:], f"{self.world_size} ranks share one model")
         if self.sharding != "none" and self.world_size == 1:
             raise UsageError.for_value(
                 "world_size", 1, "an integer >= 2", f"--sharding {self.sharding} is about several ranks"

@@ -55,7 +55,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Shard every transformer block alone, and the rest as one, by FSDP2."""
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # in place
+    return model
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -70,7 +71,8 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
 @contextlib.contextmanager
 def _objects_are_alike() -> Iterator[None]:
     """Have every rank say what this one says: objects travel as bytes, of which tensors without data have none."""
-    gather, broadcast = dist.all_gather_object, dist.broadcast_object_list
+    c10d: Any = dist
+    gather, broadcast = c10d.all_gather_object, c10d.broadcast_object_list
 
     def gathered(found: list[Any], mine: Any, group: Any = None) -> None:
         found[:] = [mine] * len(found)
@@ -78,16 +80,16 @@ def _objects_are_alike() -> Iterator[None]:
     def broadcasted(*args: Any, **kwargs: Any) -> None:
         """Leave the first rank's as they are: this is it."""
 
-    dist.all_gather_object, dist.broadcast_object_list = gathered, broadcasted
+    c10d.all_gather_object, c10d.broadcast_object_list = gathered, broadcasted
     try:
         yield
     finally:
-        dist.all_gather_object, dist.broadcast_object_list = gather, broadcast
+        c10d.all_gather_object, c10d.broadcast_object_list = gather, broadcast
 
 
 @contextlib.contextmanager
 def _shapes_unseen(tracer: Tracer) -> Iterator[None]:
-    """Have the tensors without data by which `DTensor` derives shapes, outside of a prediction too, stay out of the log."""
+    """Have the tensors by which `DTensor` derives shapes stay out of the log: they never hold data."""
     propagator: Any = ShardingPropagator
     propagate = propagator._propagate_tensor_meta_non_cached
 

@@ -35,7 +35,10 @@ def describe_prediction(record: Record, card: Card | None) -> str:
         size, sharding = record.choices["world_size"], record.choices["sharding"]
         batch = record.config_requested["batch_size"]
         lines.append(f"ranks       this is rank 0 of {size}, {sharding}, each with a batch of {batch}")
-        lines += [f"counted     {record.choices['ranks_covered']}", f"not counted {record.choices['ranks_not_covered']}"]
+        lines += [
+            f"counted     {record.choices['ranks_covered']}",
+            f"not counted {record.choices['ranks_not_covered']}",
+        ]
     lines.append(f"± means     {band.source}")
     return "\n".join(lines)
 
