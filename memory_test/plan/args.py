@@ -52,6 +52,8 @@ class PlanArgs(ModelArgs):
     """Recompute each block in the backward pass."""
     methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[METHOD ...]")] = DEFAULT_METHODS
     """Methods to plan."""
+    calibration: Path | None = None
+    """File of `memory-test calibrate` to count time with; default: the one shipped for the card, if any."""
     margin: float = 0.02
     """Share of the card's memory to leave free: predictions have errors, and so have neighbours."""
     epsilon: float | None = None

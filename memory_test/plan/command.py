@@ -68,10 +68,12 @@ def _plan_one(args: PlanArgs, method: str) -> MethodPlan:
     import torch
 
     from memory_test.plan.search import plan_method
+    from memory_test.predict.roofline import rates_of
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    return plan_method(method, functools.partial(args.cell, method), args.batch_size, args.card, args.margin)
+    rates = rates_of(args.card, args.calibration)
+    return plan_method(method, functools.partial(args.cell, method), args.batch_size, args.card, args.margin, rates)
 
 
 def _relative(rows: list[MethodPlan]) -> list[MethodPlan]:

@@ -20,7 +20,7 @@ from memory_test.predict.cards import Card
 from memory_test.predict.fakes import STAND_INS
 from memory_test.predict.imagine import imagine, on_this_machine
 from memory_test.predict.replay import Peaks, Place, as_log, replay
-from memory_test.predict.roofline import Ceilings, operation_seconds, rule_seconds
+from memory_test.predict.roofline import Rates, operation_seconds, rule_seconds
 from memory_test.predict.temporaries import CudaTemporaries
 from memory_test.predict.trace import Trace
 from memory_test.predict.tracer import Tracer
@@ -42,9 +42,9 @@ class Imagined:
     tags: tuple[Tag, ...]
     choices: dict[str, Any]
 
-    def seconds(self, ceilings: Ceilings) -> list[float]:
-        """Return when each event happens if every operation runs at the card's ceilings."""
-        ends = [0.0, *accumulate(op.count * operation_seconds(op, ceilings) for op in self.trace.operations)]
+    def seconds(self, rates: Rates) -> list[float]:
+        """Return when each event happens if every operation runs at these rates."""
+        ends = [0.0, *accumulate(op.count * operation_seconds(op, rates) for op in self.trace.operations)]
         return [ends[count] for count in self.trace.event_operations]
 
 
@@ -91,7 +91,12 @@ class ImaginedDiffusion(Diffusion):
 
 
 def imagined_run(
-    resolved: dict[str, Any], card: Card | None, num_steps: int = MEMORY_STEPS, *, whole: bool = True
+    resolved: dict[str, Any],
+    card: Card | None,
+    num_steps: int = MEMORY_STEPS,
+    *,
+    whole: bool = True,
+    rates: Rates | None = None,
 ) -> Imagined:
     """Run the measuring loop on a device that is not there.
 
@@ -101,6 +106,7 @@ def imagined_run(
         num_steps: Steps that are traced, at least 2.
         whole: Whether the first step's look for examples that are not kept apart is traced; it takes a third of the
             time, and steady steps do not depend on it.
+        rates: What methods that plan count time with; default: the card's ceilings.
     """
     if card is None:
         tracer = Tracer(stand_ins=STAND_INS, host_too=True)
@@ -108,7 +114,7 @@ def imagined_run(
         data = None
     else:
         tracer = Tracer(CudaTemporaries(card), STAND_INS)
-        cost = rule_seconds(Ceilings.of(card))
+        cost = rule_seconds(rates or Rates.ceilings(card))
         data = _blank_data(resolved)
     meter = TraceMeter(tracer)
     with imagine(tracer, card, cost, whole=whole):
@@ -135,6 +141,7 @@ def predict_memory(
     *,
     settings: AllocatorSettings | None = None,
     limited: bool = False,
+    rates: Rates | None = None,
 ) -> Measured:
     """Return what a memory pass on the device would have found.
 
@@ -143,6 +150,7 @@ def predict_memory(
         card: Where; `None`: this machine's CPU, whose allocator rounds nothing and keeps nothing.
         settings: Of the caching allocator.
         limited: Whether the card's memory is the limit; otherwise the demand is returned, whatever the card has.
+        rates: For the timeline; default: the card's ceilings.
 
     Raises:
         OutOfMemoryError: The card is too small, if it limits.
@@ -156,7 +164,7 @@ def predict_memory(
         replayed = replay(run.trace, run.places, settings=settings, capacity_bytes=capacity)
         held, peaks = replayed.sizes, replayed.peaks
         source = "predicted: a traced step through a model of the caching allocator"
-    log = as_log(run.trace, held, run.places, run.tags, run.seconds(Ceilings.of(card)))
+    log = as_log(run.trace, held, run.places, run.tags, run.seconds(rates or Rates.ceilings(card)))
     reading = MemoryReading(log, peaks=peaks, source=source)
     repeat = summarise(reading, Times({}, {}, {}), range(0), None)
     if card is not None and repeat.peak_reserved_bytes is not None:
