@@ -37,10 +37,10 @@ def emulated(record: dict[str, Any]) -> str:
         "**emulated** CUDA runtime,",
         f"{summary['count']} configurations: peak allocated off by {allocated['median_relative_error']:.3%} (median), "
         f"{allocated['worst_relative_error']:.3%} (worst); reserved by",
-        f"{reserved['median_relative_error']:.3%} and {reserved['worst_relative_error']:.3%}; the largest batch that fits a "
-        f"card differs by at most {apart} in {edges['count']} cases",
-        "([record](results/prediction/emulator.json), [figure](results/prediction/emulator.png), `make emulator-check`; the "
-        "record says what it does not cover).",
+        f"{reserved['median_relative_error']:.3%} and {reserved['worst_relative_error']:.3%}; the largest batch that "
+        f"fits a card differs by at most {apart} in {edges['count']} cases",
+        "([record](results/prediction/emulator.json), [figure](results/prediction/emulator.png), "
+        "`make emulator-check`; the record says what it does not cover).",
     ]
     return "\n".join(lines) + "\n"
 
