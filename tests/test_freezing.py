@@ -19,7 +19,8 @@ from dit_dp.models import DiTHuggingFaceWrapper
 from dit_dp.models.dit import DiT, randomize_zero_init_
 from dit_dp.objectives import Objective
 from dit_dp.training import PhaseRunner, Schedule, train_step
-from dit_dp.training.schedule import Phase
+from dit_dp.training.groups import groups_of
+from dit_dp.training.schedule import PRESETS, Phase
 from tests import workload_models
 from tests.models import DIFFUSERS
 
@@ -51,7 +52,9 @@ TRAINS: dict[str, dict[str, tuple[str, int]]] = {
         "x2": (r"x2_|final_layer\.", 23),
         "attention": (r"(blocks\.\d|x2_vit_block)\.attn\.(qkv|proj)\.", 12),
         "bias_norm": (r".*\.bias$|x2_vit_block\.norm[12]\.weight", 26),
+        "adaln": (r"(blocks\.\d|final_layer)\.adaLN_modulation\.1\.", 6),
         "head": (r"final_layer\.", 4),
+        "lora(2)": (r"(blocks\.\d|x2_vit_block)\.attn\.(qkv|proj)\.lora_[AB]\.", 12),
     },
     "x2 averaged": {
         "x2": (r"x2_|final_layer\.", 20),
@@ -70,18 +73,18 @@ TRAINS: dict[str, dict[str, tuple[str, int]]] = {
         "full": (r"(?!dit\.pos_embed)", 76),
         "encoder_then_full(3)": (r"(encoder|time_embed)\.", 34),
         "attention": (r"(dit|encoder)\.blocks\.\d\.(attn|cross)\.", 28),
+        "bias_norm": (r".*\.bias$|encoder\.(blocks\.\d\.norm[12]|norm)\.weight", 42),
+        "lora(2)": (r"(dit|encoder)\.blocks\.\d\.(attn\.(qkv|proj)|cross\.(q|kv|proj))\.lora_[AB]\.", 28),
         "adaln": (r"dit\.(blocks\.\d|final_layer)\.adaLN_modulation\.1\.", 6),
     },
-    "set variational": {
-        "encoder_then_full(3)": (r"(encoder|time_embed|posterior)\.", 38),
-        "lora(2)": (r"(dit|encoder)\.blocks\.\d\.(attn\.(qkv|proj)|cross\.(q|kv|proj))\.lora_[AB]\.", 28),
-    },
+    "set variational": {"encoder_then_full(3)": (r"(encoder|time_embed|posterior)\.", 38)},
     "panda": {
         "full": (r"", 66),
         "attention": (r"blocks\.\d\.attn\.(qkv|proj)\.", 8),
         "bias_norm": (r".*\.bias$|.*norm(1|2|_final)\.weight", 37),
         "adaln": (r"blocks\.\d\.(shift|scale|gate)_(msa|mlp)\.", 24),
         "head": (r"(norm_final|linear)\.", 4),
+        "lora(2)": (r"blocks\.\d\.attn\.(qkv|proj)\.lora_[AB]\.", 8),
     },
 }
 """For a model and a preset: what the names that train look like, and how many there are."""
@@ -102,6 +105,7 @@ class Case:
     """A model, and steps on batches that stay the same."""
 
     def __init__(self, name: str, checkpoint: Path | None = None) -> None:
+        self.name = name
         torch.manual_seed(0)
         if name in workload_models.CASES:
             self.model: nn.Module = workload_models.build(name)
@@ -210,18 +214,43 @@ def test_every_method_crosses_the_border_of_a_staged_freeze(method: str) -> None
     assert case.moved(between) == everything if method != "vanilla" else case.moved(between) >= encoder
 
 
-def test_frozen_parameters_have_no_share_in_the_norm() -> None:
-    case = Case("x2")
-    runner = case.runner("x2")
-    norms = case.step(runner)
+@pytest.mark.parametrize("method", ["opacus", "opacus-ghost"])
+def test_peers_cross_borders(method: str) -> None:
+    case = Case("dit")
+    phases = (Phase(groups=("head",), end=1), Phase(groups=("all",), start=2))
+    runner = case.runner(Schedule(phases=phases), method)
+    before = case.values()
+    case.train(runner, 1, 1)
+    assert case.moved(before) == matching(case.model, r"final_layer\.")
+    between = case.values()
+    case.train(runner, 2, 2)
+    assert case.moved(between) == set(between) - {"pos_embed"}
+
+
+@pytest.mark.parametrize("name", ["dit", "diffusers", "x2", "ddt normed", "set lag", "panda"])
+def test_every_preset_that_applies_to_a_model_is_held(name: str, checkpoint: Path) -> None:
+    groups = groups_of(Case(name, checkpoint).model)
+    texts = [preset.replace("(N)", "(3)").replace("(R)", "(2)") for preset in PRESETS]
+    apply = [
+        text for text in texts if text == "lora(2)" or set(Schedule.preset(text).phases[0].groups) <= groups.keys()
+    ]
+    assert set(TRAINS[name]) == set(apply)
+
+
+@pytest.mark.parametrize(("name", "preset"), CASES, ids=[f"{name} {preset}" for name, preset in CASES])
+def test_frozen_parameters_have_no_share_in_the_norm(name: str, preset: str, checkpoint: Path) -> None:
+    needs(preset)
+    case = Case(name, checkpoint)
+    engine = case.runner(preset).engine
+    norms = engine.accumulate(case.objective, case.batch, case.row_to_unit)
     assert norms is not None
-    fresh = Case("x2")
-    wanted = matching(fresh.model, TRAINS["x2"]["x2"][0])
-    parameters = [p for name, p in fresh.model.named_parameters() if name in wanted]
-    losses = fresh.objective(fresh.model, fresh.batch)
+    engine.detach()
+    trains = [p for name, p in case.model.named_parameters() if re.match(TRAINS[case.name][preset][0], name)]
+    losses = case.objective(case.model, case.batch)
     for loss, norm in zip(losses, norms, strict=True):
-        grads = torch.autograd.grad(loss, parameters, retain_graph=True)
-        torch.testing.assert_close(torch.nn.utils.get_total_norm(grads), norm, rtol=1e-4, atol=0)
+        grads = torch.autograd.grad(loss, trains, retain_graph=True, allow_unused=True)
+        exact = torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None])
+        torch.testing.assert_close(exact, norm, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -326,9 +355,8 @@ def test_a_staged_freeze_says_where_it_is(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_a_phase_that_cuts_across_parts_says_so() -> None:
-    runner = Case("dit").runner("attention")
-    assert runner.training_mode == "FROZEN_head (step 1)"
-    assert Case("dit").runner("bias_norm").training_mode == "PARTIAL_bias_norm (step 1)"
+    assert Case("dit").runner("attention").training_mode == "PARTIAL_attention (step 1)"
+    assert Case("x2").runner("x2").training_mode == "FROZEN_backbone (step 1)"
 
 
 def test_contexts_are_what_the_set_model_conditions_on() -> None:

@@ -186,7 +186,7 @@ class PhaseRunner:
 
     @property
     def training_mode(self) -> str:
-        """``FULL``, ``FROZEN_DiT (step 5000/20000)`` after the parts that rest, or ``PARTIAL_attention (...)``.
+        """``FULL``, ``FROZEN_DiT (step 5000/20000)`` after the parts that rest, or else ``PARTIAL_attention (...)``.
 
         The second number is the phase's last step, left out where it has none.
         """
@@ -235,10 +235,11 @@ class PhaseRunner:
         return [part for part, names in self._parts.items() if chosen.isdisjoint(names)]
 
     def _mode(self, index: int) -> str:
-        if len(self._trainable[index]) == sum(len(names) for names in self._parts.values()):
-            return "FULL"
-        frozen = self._frozen(index)
-        if frozen:
+        """Return in a word what a phase trains: everything, whole parts, or what cuts across them."""
+        frozen, count = self._frozen(index), len(self._trainable[index])
+        if count == sum(len(names) for part, names in self._parts.items() if part not in frozen):
+            if not frozen:
+                return "FULL"
             return "FROZEN_" + "+".join(_SPELLED.get(part, part) for part in frozen)
         return "PARTIAL_" + "+".join(self.schedule.phases[index].groups)
 
@@ -256,8 +257,9 @@ class PhaseRunner:
     def _announce_end(self, index: int) -> None:
         """Say that a freeze ends."""
         thawed = [part for part in self._frozen(self._index) if part not in self._frozen(index)]
-        names = ", ".join(_SPELLED.get(part, part) for part in thawed) or "none"
-        log.info("%s\n%s ends after step %d; unfrozen: %s\n%s", _RULE, self._mode(self._index), self.step, names, _RULE)
+        names = ", ".join(_SPELLED.get(part, part) for part in thawed)
+        news = f"; unfrozen: {names}" if thawed else ""
+        log.info("%s\n%s ends after step %d%s\n%s", _RULE, self._mode(self._index), self.step, news, _RULE)
 
 
 def _refuse_shards(model: nn.Module, schedule: Schedule) -> None:
