@@ -176,10 +176,15 @@ def matching(model: nn.Module, pattern: str) -> set[str]:
 
 
 def state_of(runner: PhaseRunner) -> dict[str, dict[str, Tensor]]:
-    """Copy the optimizer's state, by name; every entry must be of a parameter that trains."""
+    """Copy the optimizer's state, by name; it must hold what trains, in the engine's order, and no other's state."""
     names = {id(p): name for name, p in runner.engine.parameters.items()}
+    assert [id(p) for group in runner.optimizer.param_groups for p in group["params"]] == list(names)
     assert {id(p) for p in runner.optimizer.state} <= set(names)
     return {names[id(p)]: {k: v.clone() for k, v in s.items()} for p, s in runner.optimizer.state.items()}
+
+
+def drifted(runner: PhaseRunner, averages: dict[str, Tensor]) -> set[str]:
+    return {name for name in averages if not torch.equal(averages[name], runner.averages[name])}
 
 
 def same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -264,15 +269,16 @@ def test_what_trains_on_keeps_its_state_and_what_freezes_loses_it(optimizer: str
     before, state = case.values(), state_of(runner)
     averages = {name: average.clone() for name, average in runner.averages.items()}
     assert runner.apply(3)
+    assert not drifted(runner, averages)
     kept = state_of(runner)
     assert set(kept) == head
     assert all(same_state(kept[name], state[name]) for name in head)
     case.train(runner, 3, 4)
     assert case.moved(before) == head
-    drifted = {name for name in averages if not torch.equal(averages[name], runner.averages[name])}
-    assert drifted == head
-    state = state_of(runner)
+    assert drifted(runner, averages) == head
+    averages, state = {name: average.clone() for name, average in runner.averages.items()}, state_of(runner)
     assert runner.apply(5)
+    assert not drifted(runner, averages)
     kept = state_of(runner)
     assert set(kept) == head
     assert all(same_state(kept[name], state[name]) for name in head)
