@@ -12,9 +12,11 @@ average that it had.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dit_dp.clipping.engine import Engine
 from dit_dp.errors import EngineStateError, UsageError
@@ -44,8 +46,9 @@ class PhaseRunner:
     go on with `apply(step + 1)`, which crosses a border if one is there.
 
     Args:
-        model: Has `parameter_groups`; given low-rank adapters if the schedule has a rank. Parameters outside its groups
-            are fixed and left alone; of all others `requires_grad` is set here.
+        model: Has `parameter_groups`, or is `DistributedDataParallel` around one that has; given low-rank adapters if
+            the schedule has a rank. Parameters outside its groups are fixed and left alone; of all others
+            `requires_grad` is set here.
         schedule: What trains when.
         attach: Attaches an engine to the model: `dit_dp.clipping.attach` with its arguments bound. Called once for
             each phase before the first step, so that what a method cannot train is refused then.
@@ -55,6 +58,7 @@ class PhaseRunner:
         step: The step to begin with, or the last one that was finished.
 
     Attributes:
+        model: The model, without a wrapper.
         engine: Attached to the model.
         optimizer: Over the engine's parameters.
         ema: Follows the engine's parameters, or `None`.
@@ -78,17 +82,19 @@ class PhaseRunner:
     ) -> None:
         _refuse_shards(model, schedule)
         self._index, self.step = schedule.index_at(step), step
+        self.schedule, self._attach = schedule, partial(attach, model)
+        model = model.module if isinstance(model, DistributedDataParallel) else model
         if schedule.lora_rank is not None:
             add_lora(model, schedule.lora_rank)
-        self.model, self.schedule, self._attach = model, schedule, attach
+        self.model = model
         self._parts = parts_of(model)
         self._trainable = [members(model, phase.groups) for phase in schedule.phases]
         for index in range(len(schedule.phases)):
             if index != self._index:
                 self._set_trainable(index)
-                attach(model).detach()
+                self._attach().detach()
         self._set_trainable(self._index)
-        self.engine = attach(model)
+        self.engine = self._attach()
         self.optimizer = make_optimizer(list(self.engine.parameters.values()))
         self._check_optimizer()
         self.averages: dict[str, Tensor] = {}
@@ -144,7 +150,7 @@ class PhaseRunner:
         self.engine.detach()
         self._announce_end(index)
         self._set_trainable(index)
-        self.engine = self._attach(self.model)
+        self.engine = self._attach()
         new = self.engine.parameters
         with torch.no_grad():
             for name in new.keys() & old.keys():
