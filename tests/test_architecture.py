@@ -32,6 +32,7 @@ WITHOUT_TORCH = [
     "dit_dp.models",
     "dit_dp.privacy",
     "dit_dp.objectives.config",
+    "dit_dp.training.schedule",
     "memory_test.cli",
     "memory_test.compare.compare",
     "memory_test.core.breakdown",
