@@ -9,8 +9,8 @@ from dit_dp.errors import UsageError
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.store import check_writable
 from memory_test.core.units import MIB
-from memory_test.predict.allocator import AllocatorSettings
 from memory_test.predict.cards import CARDS, Card, find_card
+from memory_test.predict.settings import AllocatorSettings
 
 CPU_NAME = "cpu"
 """What stands for this machine's CPU in place of a card."""

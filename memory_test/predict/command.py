@@ -10,7 +10,7 @@ from dit_dp.errors import UsageError
 from memory_test.core import store
 from memory_test.core.measure import Measured
 from memory_test.core.schema import Record
-from memory_test.predict.allocator import AllocatorSettings, OutOfMemoryError
+from memory_test.predict.allocator import OutOfMemoryError
 from memory_test.predict.args import PredictArgs
 from memory_test.predict.cards import Card
 from memory_test.predict.predict import Imagined, imagined_run, predict_memory
@@ -19,6 +19,7 @@ from memory_test.predict.record import predicted_record
 from memory_test.predict.refusals import named
 from memory_test.predict.render import describe_prediction, describe_time
 from memory_test.predict.roofline import rates_of
+from memory_test.predict.settings import AllocatorSettings
 from memory_test.predict.snapshot import write_snapshot
 from memory_test.sweep.process import default_threads
 from memory_test.sweep.summary import describe_cell

@@ -15,12 +15,12 @@ from memory_test.core.breakdown import Tag
 from memory_test.core.measure import MEMORY_STEPS, Measured, run_loop, summarise
 from memory_test.core.meters import MemoryReading, TaggingMeter, Times, forward_only
 from memory_test.core.workload import Data
-from memory_test.predict.allocator import AllocatorSettings
 from memory_test.predict.cards import Card
 from memory_test.predict.fakes import STAND_INS
 from memory_test.predict.imagine import imagine, on_this_machine
 from memory_test.predict.replay import Peaks, Place, as_log, replay
 from memory_test.predict.roofline import Rates, operation_seconds, rule_seconds
+from memory_test.predict.settings import AllocatorSettings
 from memory_test.predict.temporaries import CudaTemporaries
 from memory_test.predict.trace import Trace
 from memory_test.predict.tracer import Tracer
@@ -160,8 +160,8 @@ def predict_memory(
         held = [storage.num_bytes for storage in run.trace.storages]
         source = "predicted: storages of a traced step"
     else:
-        capacity = card.usable_bytes if limited else None
-        replayed = replay(run.trace, run.places, settings=settings, capacity_bytes=capacity)
+        usable, total = (card.usable_bytes, card.memory_bytes) if limited else (None, None)
+        replayed = replay(run.trace, run.places, settings=settings, capacity_bytes=usable, total_bytes=total)
         held, peaks = replayed.sizes, replayed.peaks
         source = "predicted: a traced step through a model of the caching allocator"
     log = as_log(run.trace, held, run.places, run.tags, run.seconds(rates or Rates.ceilings(card)))

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from dit_dp.clipping.hardware import Hardware, imagined
 from memory_test.core.measure import measure_memory
-from memory_test.predict.allocator import AllocatorSettings
 from memory_test.predict.cards import CARDS
 from memory_test.predict.emulator.events import compare
 from memory_test.predict.emulator.record import numbers
 from memory_test.predict.fakes import STAND_INS
 from memory_test.predict.roofline import Rates, rule_seconds
+from memory_test.predict.settings import AllocatorSettings
 
 
 class EmulatedHardware(Hardware):
