@@ -120,7 +120,8 @@ def _check_types(said: str, model: object, loss_fn: object, batch: object) -> No
     parts = tuple(batch.values()) if isinstance(batch, Mapping) else batch
     is_batch = isinstance(parts, tuple) and all(isinstance(part, Tensor) for part in parts)
     if not isinstance(model, nn.Module) or not callable(loss_fn) or not is_batch:
-        got = ", ".join(type(part).__name__ for part in (model, loss_fn, batch))
+        held = {type(part).__name__: None for part in parts} if isinstance(parts, tuple) else {}
+        got = ", ".join(type(part).__name__ for part in (model, loss_fn, batch)) + f" of {', '.join(held)}" * bool(held)
         raise UsageError.for_value("model", f"{said}: ({got})", _ACCEPTED)
 
 
