@@ -1,5 +1,6 @@
 """`memory-test predict`: imagine a cell on a card, say what it takes, write what was asked for."""
 
+import contextlib
 import shutil
 import sys
 import tempfile
@@ -28,7 +29,7 @@ def run_predict(args: PredictArgs) -> int:
     sys.stderr.write(f"{describe_cell(config)}, on {args.gpu}: predicted, nothing is run\n")
     device = "cpu" if card is None else "cuda"
     resolved = config.resolve(device=device, num_threads=config.num_threads or default_threads())
-    with named(config.model):
+    with named(config.model), contextlib.redirect_stdout(sys.stderr):  # what a callable of the user's prints
         run = imagined_run(resolved, card)
     found, failure = on_card(run, card, args.settings)
     record = predicted_record(config, resolved, card, args.settings, found, failure)
