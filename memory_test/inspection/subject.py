@@ -89,7 +89,11 @@ def _build_custom(spec: str) -> Subject:
 
 def _subject_of(spec: str, made: Any) -> Subject:
     """Check what the callable returned."""
-    accepted = "an nn.Module, or (nn.Module, inputs) with inputs a tuple or dict of tensors"
+    accepted = (
+        "an nn.Module, (nn.Module, inputs) with inputs a tuple or dict of tensors, or (nn.Module, loss_fn, batch)"
+    )
+    if isinstance(made, tuple) and len(made) == 3:  # what other commands take: a loss and a batch are no inputs
+        made = made[0]
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise UsageError(f"model: {spec}() returned {type(model).__name__}; accepted: {accepted}")
