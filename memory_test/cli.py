@@ -303,7 +303,7 @@ def _default_output(config: ExperimentConfig) -> Path:
 
     RESULTS.mkdir(parents=True, exist_ok=True)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    model = Path(config.model).name if config.pretrained else config.model.replace("/", "-")
+    model = Path(config.model).name if config.pretrained else re.sub("[/:]", "-", config.model)
     return RESULTS / f"{stamp}-{config.experiment}-{model}-b{config.batch_size}.json"
 
 

@@ -12,6 +12,7 @@ from memory_test.predict.affine import AffineRun
 from memory_test.predict.allocator import OutOfMemoryError
 from memory_test.predict.cards import Card
 from memory_test.predict.predict import Imagined, imagined_run
+from memory_test.predict.refusals import named
 from memory_test.predict.replay import replay
 from memory_test.predict.roofline import Rates, phase_seconds, step_seconds
 
@@ -53,8 +54,18 @@ def plan_method(method: str, cell: Cell, logical: int, card: Card, margin: float
         return MethodPlan(method=method, status="refused", reason=str(error))
 
 
+def check_own(config: ExperimentConfig, card: Card) -> None:
+    """Take one imagined step of ordinary training: what fails in it is the model's mistake, and no method's.
+
+    Raises:
+        UsageError: The model, its loss or its batch is wrong, or cannot be imagined.
+    """
+    _imagine(config, card, Rates.ceilings(card))
+
+
 def _imagine(config: ExperimentConfig, card: Card, rates: Rates) -> Imagined:
-    return imagined_run(config.resolve(device="cuda", num_threads=1), card, STEPS, whole=False, rates=rates)
+    with named(config.model):
+        return imagined_run(config.resolve(device="cuda", num_threads=1), card, STEPS, whole=False, rates=rates)
 
 
 def _reserved(run: Imagined, card: Card) -> int | None:

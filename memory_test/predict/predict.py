@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from dit_dp.clipping.costs import measured
-from dit_dp.objectives import DDPMObjective
-from dit_dp.objectives.paths import Diffusion
 from memory_test.core.breakdown import Tag
+from memory_test.core.config import is_custom
+from memory_test.core.custom import load_target
 from memory_test.core.measure import MEMORY_STEPS, Measured, run_loop, summarise
 from memory_test.core.meters import MemoryReading, TaggingMeter, Times, forward_only
-from memory_test.core.workload import Data
 from memory_test.predict.cards import Card
 from memory_test.predict.fakes import STAND_INS
 from memory_test.predict.imagine import imagine, on_this_machine
@@ -68,28 +67,6 @@ class TraceMeter(TaggingMeter):
         return self._tags
 
 
-@dataclass(frozen=True)
-class BlankImages:
-    """Inputs without data, that arrive on the device as they are drawn: stands for an `ImageSet`."""
-
-    channels: int
-    size: int
-
-    def rows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return (N, C, H, W) inputs and (N,) labels."""
-        inputs = torch.empty(count, self.channels, self.size, self.size, device="cuda")
-        return inputs, torch.empty(count, dtype=torch.int64, device="cuda")
-
-
-class ImaginedDiffusion(Diffusion):
-    """Brings its tables to the imagined device when they are first asked for."""
-
-    def at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
-        """Return a table's entries, as `Diffusion.at`."""
-        self._tables[table] = self._tables[table].cuda()
-        return super().at(table, t, like)
-
-
 def imagined_run(
     resolved: dict[str, Any],
     card: Card | None,
@@ -111,28 +88,19 @@ def imagined_run(
     if card is None:
         tracer = Tracer(stand_ins=STAND_INS, host_too=True)
         cost = on_this_machine(measured(torch.device("cpu"), torch.float32))
-        data = None
     else:
         tracer = Tracer(CudaTemporaries(card), STAND_INS)
         cost = rule_seconds(rates or Rates.ceilings(card))
-        data = _blank_data(resolved)
     meter = TraceMeter(tracer)
+    if is_custom(resolved["model"], resolved["pretrained"]):
+        load_target(resolved["model"])  # a module that is imported later keeps tensors without data
     with imagine(tracer, card, cost, whole=whole):
-        choices = run_loop(resolved, meter, num_steps, lambda phase: None, data=data)
+        choices = run_loop(resolved, meter, num_steps, lambda phase: None, said_device="cpu")
         tracer.stop()
     tracer.trace.order_deaths(place.position for place in meter.places)
     kernels = {op.name for op in tracer.trace.operations if op.name.startswith("_scaled_dot_product")}
     choices["attention_kernels"] = list(forward_only(kernels))
     return Imagined(tracer.trace, tuple(meter.places), tuple(meter.tags), choices)
-
-
-def _blank_data(resolved: dict[str, Any]) -> Data:
-    """Return batches without data."""
-    drops = resolved["class_dropout_prob"]
-    objective = DDPMObjective(learn_sigma=resolved["learn_sigma"], class_dropout_prob=drops)
-    objective.path = ImaginedDiffusion(objective.config.num_steps)
-    images: Any = BlankImages(resolved["in_channels"], resolved["latent_size"])
-    return Data(images, objective, "cpu", torch.Generator(), torch.Generator())
 
 
 def predict_memory(
