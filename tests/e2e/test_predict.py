@@ -125,7 +125,7 @@ def test_cards_are_listed_with_their_sources() -> None:
         (("predict", "--experiment", "auto", "--memory-budget-gib", "0.001", *SMALL), "memory_budget: got "),
         (("plan", "--gpu", "24"), "gpu: got '24'"),
         (("plan", "--epsilon", "8"), "delta: got None"),
-        (("plan", "--model", "mine:build"), "model: got 'mine:build'"),
+        (("plan", "--model", "mine:build"), "model: importing 'mine' raised ModuleNotFoundError"),
         (("cards", "H100"), "H100"),
     ],
 )
