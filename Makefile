@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 EMULATED ?= .venv-emulator
 DEMO ?= memory_test/sweeps/demo.yaml
 DEMO_DIR ?= results/runs/demo
+TEST_WORKERS ?= 2
 
 .PHONY: demo test test-full lint reference engine-cpu auto-search seeds emulator-check clean
 
@@ -14,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/memory-test sweep $(DEMO) --output-dir $(DEMO_DIR) --on-mismatch rerun --report
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -m "not gpu and not full"
+	$(BIN)/python -m pytest -m "not gpu and not full" -n $(TEST_WORKERS) --dist loadfile
 
 # Every stated count instead of a seeded sample of them, 500 random cases a method; writes their record.
 test-full: $(VENV)/.installed-test

@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": "module tree, trainable parameters, which method supports which layer",
     "predict": "what a cell takes on a GPU, without one",
     "plan": "which method and batch fit a card, and the command to run",
+    "calibrate": "measure this device's rates, so that predicted step times are times",
     "cards": "the GPUs that predictions know",
     "doctor": "check that private methods keep their promise on a model",
 }
@@ -91,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "inspect": main_inspect,
         "predict": main_predict,
         "plan": main_plan,
+        "calibrate": main_calibrate,
         "cards": main_cards,
         "doctor": main_doctor,
     }
@@ -174,9 +176,21 @@ def main_plan(argv: Sequence[str] | None = None, prog: str | None = None) -> int
     return _guarded(PlanArgs, argv, prog, plan)
 
 
+def main_calibrate(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Calibrate the device at hand."""
+    from memory_test.predict.args import CalibrateArgs
+
+    def calibrate(args: CalibrateArgs) -> int:
+        from memory_test.predict.calibrate import run_calibrate
+
+        return run_calibrate(args)
+
+    return _guarded(CalibrateArgs, argv, prog, calibrate)
+
+
 def main_cards(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """List the catalogue of cards."""
-    from memory_test.predict.render import describe_cards
+    from memory_test.predict.cards import describe_cards
 
     def cards(args: CardsArgs) -> int:
         _say(describe_cards())
@@ -289,7 +303,7 @@ def _default_output(config: ExperimentConfig) -> Path:
 
     RESULTS.mkdir(parents=True, exist_ok=True)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    model = Path(config.model).name if config.pretrained else config.model.replace("/", "-")
+    model = Path(config.model).name if config.pretrained else re.sub("[/:]", "-", config.model)
     return RESULTS / f"{stamp}-{config.experiment}-{model}-b{config.batch_size}.json"
 
 

@@ -178,6 +178,11 @@ class Engine(ABC):
 
     # --- what meters and people ask -------------------------------------------------------------------------
 
+    @property
+    def in_step(self) -> bool:
+        """Whether a step has begun that no `zero_grad` has ended."""
+        return self._state != "clean"
+
     def tracked_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (category, tensor) for what the engine holds now beyond `.grad`; categories as in records."""
         yield from ()

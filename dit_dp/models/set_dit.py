@@ -211,6 +211,16 @@ class SetDiT(nn.Module):
         prediction = prediction.view(x.shape)
         return prediction if kl is None else (prediction, kl)
 
+    def context(self, images: Tensor, t: Tensor) -> Tensor:
+        """Return what the DiT is told of each row's set, (R, *context_shape); the mean, if the model is variational.
+
+        Args:
+            images: Clean images, (R, C, H, W) or (b, M, C, H, W).
+            t: Times, (R,).
+        """
+        context = self._part_of(self._tokens(images, t))
+        return context if self.posterior is None else self.posterior(context).chunk(2, dim=-1)[0]
+
     def _tokens(self, images: Tensor, t: Tensor) -> Tensor:
         """Return the encoder's tokens of each row's context, (R, L, D)."""
         time = self.time_embed(t)  # (R, D)
@@ -244,9 +254,13 @@ class SetDiT(nn.Module):
         out: Tensor = self.encoder(x, time)
         return out
 
+    def _part_of(self, tokens: Tensor) -> Tensor:
+        """Return what of the encoder's tokens, (R, L, D), is the context, (R, *context_shape)."""
+        return tokens[:, 0] if self.conditioning == "film" else tokens[:, 2:]
+
     def _context(self, tokens: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return contexts, (R, *context_shape), and their KL divergences, (R,), if there is a posterior."""
-        context = tokens[:, 0] if self.conditioning == "film" else tokens[:, 2:]
+        context = self._part_of(tokens)
         wanted = None if self.posterior is None else tuple(context.shape)
         got = None if noise is None else tuple(noise.shape)
         if got != wanted:

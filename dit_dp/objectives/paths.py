@@ -93,8 +93,7 @@ class Diffusion(Path):
             t: Steps, (N,).
             like: Sets dtype and number of dimensions.
         """
-        if self._tables[table].device != t.device:
-            self._tables[table] = self._tables[table].to(t.device)
+        self._tables[table] = self._tables[table].to(t.device)
         return _column(self._tables[table][t].to(like.dtype), like)
 
     def signal(self, t: Tensor, like: Tensor) -> Tensor:

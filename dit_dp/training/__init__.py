@@ -1,6 +1,29 @@
-"""Training: the step that measuring, training and predicting share."""
+"""Training: the step that measuring, training and predicting share, and what trains when.
 
-from dit_dp.training.ema import Ema
-from dit_dp.training.step import make_optimizer, train_step
+Names are resolved on first use, so that reading `dit_dp.training.schedule` does not import torch.
+"""
 
-__all__ = ["Ema", "make_optimizer", "train_step"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dit_dp.training.schedule import PRESETS, Phase, Schedule
+
+if TYPE_CHECKING:
+    from dit_dp.training.ema import Ema
+    from dit_dp.training.phases import PhaseRunner
+    from dit_dp.training.step import make_optimizer, train_step
+
+_LAZY = {
+    "Ema": "dit_dp.training.ema",
+    "PhaseRunner": "dit_dp.training.phases",
+    "make_optimizer": "dit_dp.training.step",
+    "train_step": "dit_dp.training.step",
+}
+
+__all__ = ["PRESETS", "Ema", "Phase", "PhaseRunner", "Schedule", "make_optimizer", "train_step"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """An exponential moving average of what trains, in float32."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,23 @@ class Ema:
         if not 0 <= decay < 1:
             raise UsageError.for_value("ema_decay", decay, "a number >= 0 and < 1")
         self.decay = decay
+        self._parameters: list[nn.Parameter] = []
+        self.tensors: list[Tensor] = []
+        parameters = list(parameters)
+        self.follow(parameters, [None] * len(parameters))
+
+    def follow(self, parameters: Sequence[nn.Parameter], averages: Sequence[Tensor | None]) -> None:
+        """Average these parameters from now on, in place of those before.
+
+        Args:
+            parameters: What is averaged.
+            averages: What they averaged to so far, taken as they are; `None`: an average starts at its parameter.
+        """
         self._parameters = list(parameters)
-        self.tensors: list[Tensor] = [parameter.detach().to(torch.float32, copy=True) for parameter in self._parameters]
+        self.tensors = [
+            parameter.detach().to(torch.float32, copy=True) if average is None else average
+            for parameter, average in zip(self._parameters, averages, strict=True)
+        ]
 
     @torch.no_grad()
     def update(self) -> None:

@@ -93,7 +93,8 @@ def subject(comparison: Comparison) -> str:
     c = comparison.contenders[0].config_resolved
     size = f"width {c['hidden_size']}, depth {c['depth']}" if c["hidden_size"] else c["model"]
     threads = f", {c['num_threads']} threads" if c["device"] == "cpu" else ""
-    parts = [str(c["model"]).partition(" (")[0], size, f"{c['image_size']} px", f"T = {c['num_tokens']}"]
+    sizes = [] if c["num_tokens"] is None else [size, f"{c['image_size']} px", f"T = {c['num_tokens']}"]
+    parts = [str(c["model"]).partition(" (")[0], *sizes]
     text = ", ".join([*parts, f"batch {c['batch_size']}", str(c["dtype"]), str(c["optimizer"])])
     return text + threads.replace("1 threads", "1 thread")
 

@@ -11,6 +11,22 @@ from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UsageError
 from dit_dp.models.registry import LATENT_DOWNSAMPLE, MODELS, parse_model_name
 
+DECIDED = (
+    "image_size",
+    "patch_size",
+    "in_channels",
+    "latent_downsample",
+    "hidden_size",
+    "depth",
+    "num_heads",
+    "num_classes",
+    "class_dropout_prob",
+    "learn_sigma",
+    "activation_checkpointing",
+    "data",
+)
+"""Fields that a callable of the user's own decides: at their defaults when asked for, `None` when resolved."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
@@ -24,7 +40,9 @@ class ExperimentConfig:
     experiment: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(METHODS) + "}")]
     """Method to measure."""
     model: str = "DiT-XL/2"
-    """DiT-{S,B,L,XL}/{2,4,8}; with --pretrained a hub name or a local folder."""
+    """DiT-{S,B,L,XL}/{2,4,8}; with --pretrained a hub name or a local folder; or module:callable of your own,
+    which returns (model, loss_fn, batch) with loss_fn(model, batch) one loss per example, or a model whose method
+    make_batch(num_examples) returns (loss_fn, batch)."""
     pretrained: bool = False
     """Load diffusers' DiTTransformer2DModel and its weights from MODEL."""
     image_size: int = 256
@@ -54,7 +72,7 @@ class ExperimentConfig:
     data: Literal["synthetic", "digits"] = "synthetic"
     """Standard normal inputs, or scikit-learn's digits resized (3 channels)."""
     batch_size: int = 1
-    """Examples in a physical batch."""
+    """Examples in a physical batch; a fixed batch of your own is cut or repeated to as many rows."""
     accumulation: int = 1
     """Physical batches per step: their clipped sums are added up before noise and update."""
     num_iter: int = 3
@@ -110,8 +128,19 @@ class ExperimentConfig:
                 validate.real(name, getattr(self, name), positive=True)
         for name in ("device", "dtype", "optimizer", "optimizer_impl", "data"):
             validate.one_of(name, getattr(self, name), get_args(_HINTS[name]))
-        self._check_shapes()
+        if self.is_custom:
+            self._check_custom()
+        else:
+            self._check_shapes()
         self._check_combinations()
+
+    def _check_custom(self) -> None:
+        check_spec(self.model)
+        for name in DECIDED:
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise UsageError.for_value(
+                    name, getattr(self, name), "no value", f"{self.model} decides it; drop the option"
+                )
 
     def _check_shapes(self) -> None:
         if self.in_channels not in (3, 4):
@@ -179,6 +208,11 @@ class ExperimentConfig:
             )
 
     @property
+    def is_custom(self) -> bool:
+        """Whether `model` is ``module:callable``, a model of the user's own."""
+        return is_custom(self.model, self.pretrained)
+
+    @property
     def resolved_latent_downsample(self) -> int:
         """Pixels per input position."""
         if self.latent_downsample is not None:
@@ -198,7 +232,7 @@ class ExperimentConfig:
     @property
     def model_label(self) -> str:
         """The model's name with its patch size, and what differs from the named sizes: ``DiT-S/2 (depth 4)``."""
-        if self.pretrained:
+        if self.pretrained or self.is_custom:
             return self.model
         named = MODELS[parse_model_name(self.model)[0]]
         changes = [
@@ -224,26 +258,47 @@ class ExperimentConfig:
 
         Returns:
             A JSON-ready mapping: every field, plus `latent_size` and `num_tokens` (T). The pretrained
-            model's sizes are `None` here and known once it is loaded.
+            model's sizes are `None` here and known once it is loaded; so is all that a callable of the user's decides.
         """
         resolved = dataclasses.asdict(self)
-        patch = self.resolved_patch_size
         resolved.update(
+            self._sizes(),
             device=device,
             num_threads=self.num_threads or num_threads,
-            patch_size=patch,
-            latent_downsample=self.resolved_latent_downsample,
-            latent_size=self.latent_size,
-            num_tokens=(self.latent_size // patch) ** 2,
             noise_multiplier=self.noise_multiplier if METHODS[self.experiment].private else 0.0,
         )
-        if not self.pretrained:
-            resolved["model"] = self.model_label
-            for name in ("hidden_size", "depth", "num_heads"):
-                resolved[name] = self.resolved_size(name)
         if self.optimizer_impl == "auto":
             resolved["optimizer_impl"] = "foreach" if device == "cuda" else "for-loop"
         return resolved
+
+    def _sizes(self) -> dict[str, Any]:
+        """Return the model's part of the resolved configuration."""
+        if self.is_custom:
+            return dict.fromkeys((*DECIDED, "latent_size", "num_tokens"))
+        patch = self.resolved_patch_size
+        sizes: dict[str, Any] = {
+            "patch_size": patch,
+            "latent_downsample": self.resolved_latent_downsample,
+            "latent_size": self.latent_size,
+            "num_tokens": (self.latent_size // patch) ** 2,
+        }
+        if not self.pretrained:
+            sizes["model"] = self.model_label
+            for name in ("hidden_size", "depth", "num_heads"):
+                sizes[name] = self.resolved_size(name)
+        return sizes
+
+
+def is_custom(model: str, pretrained: bool) -> bool:
+    """Return whether a model is named as ``module:callable``."""
+    return ":" in model and not pretrained
+
+
+def check_spec(model: str) -> None:
+    """Raise `UsageError` unless a name is ``module:callable`` in Python's words."""
+    module, _, attribute = model.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
+        raise UsageError.for_value("model", model, "module:callable, such as my_package.models:make_model")
 
 
 def no_budget(method: str) -> str:
@@ -257,3 +312,4 @@ def _methods_with(ability: str) -> str:
 
 
 _HINTS = get_type_hints(ExperimentConfig)
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ExperimentConfig)}

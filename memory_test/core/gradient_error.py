@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from dit_dp.clipping import METHODS, attach
+from dit_dp.clipping.batch import Batch
 from dit_dp.clipping.reference import clipped_sum
 from dit_dp.models.dit import randomize_zero_init_
-from memory_test.core.workload import Data, build_data, build_model, engine_options, loss_function
+from memory_test.core.workload import Data, build, engine_options, loss_function
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +100,11 @@ def _groups(model: nn.Module, method: str) -> list[list[str]] | None:
     return engine.groups
 
 
-def _subject(resolved: dict[str, Any]) -> tuple[nn.Module, Data, dict[str, Tensor]]:
+def _subject(resolved: dict[str, Any]) -> tuple[nn.Module, Data, Batch]:
     """Return the model with random weights throughout, the data and the first batch."""
     torch.manual_seed(resolved["seed"])
-    model = build_model(resolved)
+    workload = build(resolved)
+    model = workload.model
     randomize_zero_init_(model, torch.Generator().manual_seed(resolved["seed"]))
-    data = build_data(resolved)
+    data = workload.make_data(resolved["device"])
     return model.to(resolved["device"]), data, data.batch(resolved["batch_size"])

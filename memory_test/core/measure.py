@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from dit_dp.clipping import attach
+from dit_dp.clipping.batch import Batch, tensors_of
 from dit_dp.clipping.engine import Engine
 from dit_dp.training import Ema, make_optimizer, train_step
 from memory_test.core import breakdown as logs
 from memory_test.core.meters import END, Clock, MemoryReading, Meter, Times, memory_meter
 from memory_test.core.schema import PHASES, PhaseRecord, Repeat
-from memory_test.core.workload import Data, build_data, build_model, engine_options, loss_function
+from memory_test.core.workload import Data, build, engine_options, loss_function
 
 Gate = Callable[[int], None]
 """Awaited before a step, told its number."""
@@ -99,7 +100,7 @@ def run_loop(
     num_steps: int,
     on_progress: Callable[[str], None],
     gate: Gate | None = None,
-    data: Data | None = None,
+    said_device: str | None = None,
     wrap: Wrap | None = None,
 ) -> dict[str, Any]:
     """Build everything and take `num_steps` steps, telling the meter of every phase.
@@ -110,7 +111,7 @@ def run_loop(
         num_steps: Steps to take.
         on_progress: Told of every phase.
         gate: Called with the number of each step before it begins, between phases; may wait.
-        data: Where batches come from; default: what the configuration names.
+        said_device: What tensors on the device say where they are; default: the truth.
         wrap: What is done to the model after it is built; default: nothing.
 
     Returns:
@@ -123,11 +124,12 @@ def run_loop(
         meter.mark(step, phase)
 
     announce("model")
-    engine, optimizer, ema = _build(resolved, announce, wrap)
+    engine, optimizer, ema, make_data = _build(resolved, announce, wrap)
     announce("input")
-    data = data or build_data(resolved)
+    data = make_data(said_device or resolved["device"])
+    del make_data  # and with it rows that are not used
     loss_fn = loss_function(data, resolved["dtype"])
-    batch: dict[str, Tensor] = {}
+    batch: Batch = {}
     meter.hold(lambda: _holdings(engine, optimizer, ema, batch))
     settings: dict[str, Any] = {
         "noise_multiplier": resolved["noise_multiplier"],
@@ -137,7 +139,7 @@ def run_loop(
         "on_phase": announce,
     }
 
-    def batches() -> Iterator[dict[str, Tensor]]:
+    def batches() -> Iterator[Batch]:
         nonlocal batch
         for _ in range(resolved["accumulation"]):
             announce("input")
@@ -155,10 +157,11 @@ def run_loop(
 
 def _build(
     resolved: dict[str, Any], announce: Callable[[str], None], wrap: Wrap | None
-) -> tuple[Engine, torch.optim.Optimizer, Ema | None]:
-    """Return the engine, attached to a new model, the optimizer of its parameters and their average."""
+) -> tuple[Engine, torch.optim.Optimizer, Ema | None, Callable[[str], Data]]:
+    """Return the engine, attached to a new model, the optimizer of its parameters, their average, what makes data."""
     torch.manual_seed(resolved["seed"])
-    model = build_model(resolved).to(resolved["device"])
+    workload = build(resolved)
+    model = workload.model.to(resolved["device"])
     if resolved["compile"]:
         model.compile()  # in place; what it compiles, and when, is the first step's to pay
     if wrap is not None:
@@ -171,11 +174,12 @@ def _build(
         learning_rate=resolved["learning_rate"],
         implementation=resolved["optimizer_impl"],
     )
-    return engine, optimizer, Ema(engine.parameters.values(), EMA_DECAY) if resolved["ema"] else None
+    ema = Ema(engine.parameters.values(), EMA_DECAY) if resolved["ema"] else None
+    return engine, optimizer, ema, workload.make_data
 
 
 def _holdings(
-    engine: Engine, optimizer: torch.optim.Optimizer, ema: Ema | None, batch: dict[str, Tensor]
+    engine: Engine, optimizer: torch.optim.Optimizer, ema: Ema | None, batch: Batch
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield everything held now, with its category."""
     model = engine.model
@@ -192,7 +196,7 @@ def _holdings(
     for average in ema.tensors if ema else ():
         yield "optimizer_state", _local(average)
     yield from engine.tracked_tensors()
-    for tensor in batch.values():
+    for tensor in tensors_of(batch):
         yield "input", tensor
 
 

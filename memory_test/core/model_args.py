@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 
 from dit_dp.errors import UsageError
-from memory_test.core.config import ExperimentConfig
+from memory_test.core.config import ExperimentConfig, check_spec, is_custom
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class ModelArgs:
     @property
     def is_custom(self) -> bool:
         """Whether `model` is ``module:callable``."""
-        return ":" in self.model and not self.pretrained
+        return is_custom(self.model, self.pretrained)
 
     def experiment(self) -> ExperimentConfig:
         """Return the model's part as an experiment, which validates it.
@@ -63,10 +63,7 @@ class ModelArgs:
             if self.pretrained:
                 self._refuse(("hidden_size", "depth", "num_heads"), "the checkpoint")
             return
-        module, _, attribute = self.model.partition(":")
-        parts = [*module.split("."), *attribute.split(".")]
-        if not all(part.isidentifier() for part in parts):
-            raise UsageError.for_value("model", self.model, "module:callable, such as my_package.models:make_model")
+        check_spec(self.model)
         self._refuse([field.name for field in fields(self) if field.name not in ("model", *kept)], self.model)
 
     def _refuse(self, names: Iterable[str], owner: str) -> None:

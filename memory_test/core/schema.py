@@ -6,7 +6,7 @@ Bytes are integers. A key that a status cannot fill is `None`, never a made-up n
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Status = Literal["ok", "oom", "error", "timeout", "crashed"]
 PHASES = ("model", "forward", "backward", "clip", "noise", "optimizer")

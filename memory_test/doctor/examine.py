@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from dit_dp.clipping import attach
 from dit_dp.errors import UnsupportedModelError, UsageError
+from memory_test.core.custom import users_code
 from memory_test.doctor import checks
 from memory_test.doctor.case import Case, Reference, refer
 from memory_test.doctor.facts import Check, Diagnosis
@@ -12,7 +13,6 @@ from memory_test.doctor.model_checks import coupling, determinism
 from memory_test.doctor.noise import noise
 from memory_test.doctor.nonfinite import nonfinite
 from memory_test.doctor.trial import Trial
-from memory_test.inspection.subject import users_code
 
 CHECKS: dict[str, Callable[[Trial], Check]] = {
     "coverage": checks.coverage,

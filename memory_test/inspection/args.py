@@ -12,7 +12,8 @@ class InspectArgs(ModelArgs):
 
     model: str = "DiT-XL/2"
     """DiT-{S,B,L,XL}/{2,4,8}; with --pretrained a hub name or a local folder; or module:callable of your own,
-    which returns an nn.Module, or (nn.Module, inputs) with inputs a tuple or dict of example tensors."""
+    which returns an nn.Module, (nn.Module, inputs) with inputs a tuple or dict of example tensors, or
+    (nn.Module, loss_fn, batch)."""
     max_depth: int = 3
     """Levels of the printed module tree; the JSON document always holds all of them."""
     json: bool = False

@@ -10,10 +10,10 @@ from dit_dp.clipping.registry import METHODS, attach, engine_class
 from dit_dp.clipping.rules import COUPLED, rule_for
 from dit_dp.clipping.watched import WatchedEngine
 from dit_dp.errors import UsageError
+from memory_test.core.custom import users_code
 from memory_test.inspection.facts import Call, MethodVerdict, RuleUse
 from memory_test.inspection.fixes import replacement, split_reason
 from memory_test.inspection.probe import Probe
-from memory_test.inspection.subject import users_code
 
 BY_SHAPE = "by shape"
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dit_dp.errors import UsageError
+from memory_test.core.custom import users_code
 from memory_test.inspection.facts import Call, Shape
-from memory_test.inspection.subject import Subject, users_code
+from memory_test.inspection.subject import Subject
 
 
 @dataclass(frozen=True)

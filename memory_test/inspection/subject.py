@@ -1,17 +1,16 @@
 """Build what is inspected: a named DiT without memory, a pretrained one, or a model of the user's own."""
 
 import contextlib
-import importlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import nn
 
 from dit_dp.errors import UsageError
+from memory_test.core.custom import call_target, load_target
 from memory_test.core.workload import build_model
 from memory_test.inspection.args import InspectArgs
 from memory_test.inspection.facts import Sizes
@@ -47,20 +46,6 @@ def build_subject(args: InspectArgs) -> Subject:
     """
     with contextlib.redirect_stdout(sys.stderr):  # stdout may be a JSON document
         return _build_custom(args.model) if args.is_custom else _build_dit(args)
-
-
-@contextlib.contextmanager
-def users_code(doing: str) -> Iterator[None]:
-    """Turn whatever the user's code raises into one line that names the exception.
-
-    Raises:
-        UsageError: Something was raised.
-    """
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        text = " ".join(str(error).split())
-        raise UsageError(f"{doing} raised {type(error).__name__}{': ' * bool(text)}{text}") from error
 
 
 def _build_dit(args: InspectArgs) -> Subject:
@@ -102,43 +87,13 @@ def _build_custom(spec: str) -> Subject:
     return _subject_of(spec, call_target(spec, target))
 
 
-def load_target(spec: str) -> Any:
-    """Import what ``module:callable`` names.
-
-    Raises:
-        UsageError: There is no such module or attribute, or importing it raised.
-    """
-    module_name, _, path = spec.partition(":")
-    try:
-        with users_code(f"model: importing {module_name!r}"):
-            module = importlib.import_module(module_name)
-    except UsageError as error:
-        cause = error.__cause__
-        missing = isinstance(cause, ModuleNotFoundError) and module_name.startswith(cause.name or "\0")
-        hint = f"; install it, or set PYTHONPATH to the folder that holds {module_name.partition('.')[0]}"
-        raise UsageError(f"{error}{hint if missing else ''}") from cause
-    try:
-        return reduce(getattr, path.split("."), module)
-    except AttributeError as error:
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise UsageError.for_value("model", spec, names or "a module with a callable") from error
-
-
-def call_target(spec: str, target: Any) -> Any:
-    """Return what the user's callable makes.
-
-    Raises:
-        UsageError: It is no callable, or it raised.
-    """
-    if not callable(target):
-        raise UsageError.for_value("model", spec, "a callable that returns an nn.Module")
-    with users_code(f"model: {spec}()"):
-        return target()
-
-
 def _subject_of(spec: str, made: Any) -> Subject:
     """Check what the callable returned."""
-    accepted = "an nn.Module, or (nn.Module, inputs) with inputs a tuple or dict of tensors"
+    accepted = (
+        "an nn.Module, (nn.Module, inputs) with inputs a tuple or dict of tensors, or (nn.Module, loss_fn, batch)"
+    )
+    if isinstance(made, tuple) and len(made) == 3:  # what other commands take: a loss and a batch are no inputs
+        made = made[0]
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise UsageError(f"model: {spec}() returned {type(model).__name__}; accepted: {accepted}")

@@ -35,7 +35,8 @@ class PlanArgs(ModelArgs):
     """
 
     model: str = "DiT-XL/2"
-    """DiT-{S,B,L,XL}/{2,4,8}; with --pretrained a hub name or a local folder."""
+    """DiT-{S,B,L,XL}/{2,4,8}; with --pretrained a hub name or a local folder; or module:callable of your own,
+    as memory-test run takes it."""
     gpu: str = "H100-80GB"
     """A card by name (memory-test cards lists them), a size such as 24GB, or custom:memory=24,sms=128,..."""
     batch_size: int = 256
@@ -52,6 +53,8 @@ class PlanArgs(ModelArgs):
     """Recompute each block in the backward pass."""
     methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[METHOD ...]")] = DEFAULT_METHODS
     """Methods to plan."""
+    calibration: Path | None = None
+    """File of `memory-test calibrate` to count time with; default: the one shipped for the card, if any."""
     margin: float = 0.02
     """Share of the card's memory to leave free: predictions have errors, and so have neighbours."""
     epsilon: float | None = None
@@ -75,8 +78,6 @@ class PlanArgs(ModelArgs):
             raise UsageError.for_value("margin", self.margin, "a number >= 0 and < 1")
         if self.json is not None:
             check_writable(self.json, "json")
-        if self.is_custom:
-            raise UsageError.for_value("model", self.model, "a DiT by name", "predict takes module:callable")
         find_card(self.gpu)
         self._check_privacy()
         self.cell("vanilla", 1, 1)

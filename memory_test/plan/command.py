@@ -1,5 +1,6 @@
 """`memory-test plan`: methods side by side in processes of their own, then one recommendation."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -31,6 +32,8 @@ def run_plan(args: PlanArgs) -> int:
 def make_plan(args: PlanArgs) -> Plan:
     """Return the plan that the arguments ask for."""
     budget = _budget(args)
+    if args.is_custom:
+        _check_own(args)
     rows = _relative(_plan_all(args))
     best = recommend(rows)
     return Plan(
@@ -68,10 +71,22 @@ def _plan_one(args: PlanArgs, method: str) -> MethodPlan:
     import torch
 
     from memory_test.plan.search import plan_method
+    from memory_test.predict.roofline import rates_of
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    return plan_method(method, functools.partial(args.cell, method), args.batch_size, args.card, args.margin)
+    rates = rates_of(args.card, args.calibration)
+    cell = functools.partial(args.cell, method)
+    with contextlib.redirect_stdout(sys.stderr):  # what a callable of the user's prints
+        return plan_method(method, cell, args.batch_size, args.card, args.margin, rates)
+
+
+def _check_own(args: PlanArgs) -> None:
+    """Raise `UsageError` if a model of the user's own is wrong, rather than call it a refusal by every method."""
+    from memory_test.plan.search import check_own
+
+    with contextlib.redirect_stdout(sys.stderr):
+        check_own(args.cell("vanilla", 1, 1), args.card)
 
 
 def _relative(rows: list[MethodPlan]) -> list[MethodPlan]:

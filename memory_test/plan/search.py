@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from itertools import pairwise
 
 from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UsageError
@@ -13,8 +12,9 @@ from memory_test.predict.affine import AffineRun
 from memory_test.predict.allocator import OutOfMemoryError
 from memory_test.predict.cards import Card
 from memory_test.predict.predict import Imagined, imagined_run
+from memory_test.predict.refusals import named
 from memory_test.predict.replay import replay
-from memory_test.predict.roofline import Ceilings, operation_seconds
+from memory_test.predict.roofline import Rates, phase_seconds, step_seconds
 
 SMALL = (4, 8)
 """Batch sizes that are traced; those between and beyond follow."""
@@ -28,11 +28,13 @@ SHARES = (0.85, 0.75, 0.65, 0.5)
 _ONCE = ("noise", "optimizer")
 """Phases that a step goes through once, however many physical batches it takes."""
 
+_UNTIMED = ("input", "idle")
+
 Cell = Callable[[int, int], ExperimentConfig]
 """From physical batch and accumulation to a cell."""
 
 
-def plan_method(method: str, cell: Cell, logical: int, card: Card, margin: float) -> MethodPlan:
+def plan_method(method: str, cell: Cell, logical: int, card: Card, margin: float, rates: Rates) -> MethodPlan:
     """Plan one method.
 
     Args:
@@ -41,18 +43,29 @@ def plan_method(method: str, cell: Cell, logical: int, card: Card, margin: float
         logical: Examples a step.
         card: Where.
         margin: Share of the card that stays free.
+        rates: What time is counted with.
     """
     room = dataclasses.replace(card, memory_bytes=int(card.memory_bytes * (1 - margin)))
     try:
         if METHODS[method].owns_forward or METHODS[method].takes_memory_budget:
-            return _in_engine(method, cell, logical, room, card)
-        return _by_loop(method, cell, logical, room, card)
+            return _in_engine(method, cell, logical, room, card, rates)
+        return _by_loop(method, cell, logical, room, card, rates)
     except UsageError as error:
         return MethodPlan(method=method, status="refused", reason=str(error))
 
 
-def _imagine(config: ExperimentConfig, card: Card) -> Imagined:
-    return imagined_run(config.resolve(device="cuda", num_threads=1), card, STEPS, whole=False)
+def check_own(config: ExperimentConfig, card: Card) -> None:
+    """Take one imagined step of ordinary training: what fails in it is the model's mistake, and no method's.
+
+    Raises:
+        UsageError: The model, its loss or its batch is wrong, or cannot be imagined.
+    """
+    _imagine(config, card, Rates.ceilings(card))
+
+
+def _imagine(config: ExperimentConfig, card: Card, rates: Rates) -> Imagined:
+    with named(config.model):
+        return imagined_run(config.resolve(device="cuda", num_threads=1), card, STEPS, whole=False, rates=rates)
 
 
 def _reserved(run: Imagined, card: Card) -> int | None:
@@ -67,23 +80,23 @@ def _reserved(run: Imagined, card: Card) -> int | None:
 # --- methods that part the batch themselves ---------------------------------------------------------------------
 
 
-def _in_engine(method: str, cell: Cell, logical: int, room: Card, card: Card) -> MethodPlan:
+def _in_engine(method: str, cell: Cell, logical: int, room: Card, card: Card, rates: Rates) -> MethodPlan:
     """Plan a method that takes the logical batch whole; where it plans too tightly, with a smaller budget."""
     shares: tuple[float | None, ...] = (None, *SHARES) if METHODS[method].takes_memory_budget else (None,)
     tried = []
     for share in shares:
         budget = None if share is None else round(share * room.usable_bytes / GIB, 3)
-        row = _with_budget(method, dataclasses.replace(cell(logical, 1), memory_budget_gib=budget), room, card)
+        row = _with_budget(method, dataclasses.replace(cell(logical, 1), memory_budget_gib=budget), room, card, rates)
         if row.status == "fits":
             return row
         tried.append(row)
     return tried[-1]
 
 
-def _with_budget(method: str, config: ExperimentConfig, room: Card, card: Card) -> MethodPlan:
+def _with_budget(method: str, config: ExperimentConfig, room: Card, card: Card, rates: Rates) -> MethodPlan:
     logical = config.batch_size
     try:
-        run = _imagine(config, room)
+        run = _imagine(config, room, rates)
     except UsageError as error:  # not even the leanest plan is within the budget
         return MethodPlan(method=method, status="too large", reason=str(error))
     physical = int(run.choices.get("physical_batch", 1 if method == "microbatch" else logical))
@@ -98,7 +111,7 @@ def _with_budget(method: str, config: ExperimentConfig, room: Card, card: Card) 
         in_engine=True,
         peak_reserved_bytes=reserved,
         free_bytes=card.usable_bytes - reserved,
-        step_seconds=sum(phase_seconds(run, Ceilings.of(card)).values()),
+        step_seconds=step_seconds(run.trace, run.places, rates),
         memory_budget_gib=config.memory_budget_gib,
         choices=run.choices,
     )
@@ -107,25 +120,26 @@ def _with_budget(method: str, config: ExperimentConfig, room: Card, card: Card) 
 # --- methods that the loop gives physical batches ---------------------------------------------------------------
 
 
-def _by_loop(method: str, cell: Cell, logical: int, room: Card, card: Card) -> MethodPlan:
+def _by_loop(method: str, cell: Cell, logical: int, room: Card, card: Card, rates: Rates) -> MethodPlan:
     """Plan a method that takes physical batches, whose sums add up."""
     parts = 1 if logical <= SMALL[0] else 2  # with a sum held from the batch before, as all but the first have
     first, second = (min(size, logical) for size in SMALL)
-    small = _imagine(cell(first, parts), room)
+    small = _imagine(cell(first, parts), room, rates)
     if _reserved(small, room) is None:
-        small, first = _imagine(cell(1, min(2, logical)), room), 1
+        small, first = _imagine(cell(1, min(2, logical)), room, rates), 1
         if _reserved(small, room) is None:
             return _too_large(method, small, room)
         second = min(SMALL[0], logical)
-    family = _Family(cell, room, parts, {first: small})
+    family = _Family(lambda batch: _imagine(cell(batch, parts), room, rates), room, {first: small})
     largest = family.largest(first, second, logical)
     accumulation = -(-logical // largest)
     physical = -(-logical // accumulation)  # no smaller last one
     run = family.run(physical)
     reserved = _reserved(run, room)
     assert reserved is not None
-    seconds = phase_seconds(run, Ceilings.of(card))
+    seconds = phase_seconds(run.trace, run.places, rates)
     once = sum(seconds.get(phase, 0.0) for phase in _ONCE)
+    parts_s = sum(value for phase, value in seconds.items() if phase not in (*_ONCE, *_UNTIMED))
     return MethodPlan(
         method=method,
         status="fits",
@@ -133,7 +147,7 @@ def _by_loop(method: str, cell: Cell, logical: int, room: Card, card: Card) -> M
         accumulation=accumulation,
         peak_reserved_bytes=reserved,
         free_bytes=card.usable_bytes - reserved,
-        step_seconds=(sum(seconds.values()) - once) * accumulation / parts + once,
+        step_seconds=parts_s * accumulation / parts + once,
         choices=run.choices,
     )
 
@@ -141,15 +155,15 @@ def _by_loop(method: str, cell: Cell, logical: int, room: Card, card: Card) -> M
 class _Family:
     """Runs of one cell at any physical batch: from two, where sizes are all that differs, else each traced."""
 
-    def __init__(self, cell: Cell, card: Card, parts: int, known: dict[int, Imagined]) -> None:
-        self._cell, self._card, self._parts, self._known = cell, card, parts, known
+    def __init__(self, trace: Callable[[int], Imagined], card: Card, known: dict[int, Imagined]) -> None:
+        self._trace, self._card, self._known = trace, card, known
         self._affine: AffineRun | None = None
 
     def run(self, batch: int) -> Imagined:
         if batch not in self._known:
             if self._affine is not None:
                 return self._affine.at(batch)
-            self._known[batch] = _imagine(self._cell(batch, self._parts), self._card)
+            self._known[batch] = self._trace(batch)
         return self._known[batch]
 
     def largest(self, first: int, second: int, most: int) -> int:
@@ -195,16 +209,3 @@ def _too_large(method: str, run: Imagined, room: Card) -> MethodPlan:
         ),
         peak_reserved_bytes=need,
     )
-
-
-def phase_seconds(run: Imagined, ceilings: Ceilings) -> dict[str, float]:
-    """Return the seconds of each phase of the last step, every operation at the ceilings."""
-    operations, begun = run.trace.operations, run.trace.event_operations
-    last = run.places[-1].step
-    found: dict[str, float] = {}
-    for place, following in pairwise(run.places):
-        if place.step == last:
-            start, end = begun[place.position], begun[min(following.position, len(begun) - 1)]
-            seconds = sum(op.count * operation_seconds(op, ceilings) for op in operations[start:end])
-            found[place.phase] = found.get(place.phase, 0.0) + seconds
-    return found

@@ -8,9 +8,9 @@ full, cached segments are given back and the request is tried once more.
 
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from memory_test.core.units import MIB
+from memory_test.predict.settings import AllocatorSettings
 
 MIN_BLOCK = 512
 SMALL_REQUEST = MIB
@@ -40,24 +40,6 @@ class OutOfMemoryError(Exception):
         super().__init__(f"{requested_bytes} bytes on top of {reserved_bytes} reserved")
         self.requested_bytes = requested_bytes
         self.allocated_bytes, self.reserved_bytes = allocated_bytes, reserved_bytes
-
-
-@dataclass(frozen=True)
-class AllocatorSettings:
-    """The options of ``PYTORCH_ALLOC_CONF`` that change what is reserved.
-
-    Attributes:
-        expandable_segments: One growing segment a pool instead of many.
-        max_split_bytes: Larger blocks are never split; `None`: no such limit. (``max_split_size_mb``)
-        garbage_collection_threshold: Share of the limit from which idle segments are given back before the card is
-            full; as in torch, it acts only together with `memory_fraction`.
-        memory_fraction: Share of the card that may be reserved; `None`: no limit but the card.
-    """
-
-    expandable_segments: bool = False
-    max_split_bytes: int | None = None
-    garbage_collection_threshold: float = 0.0
-    memory_fraction: float | None = None
 
 
 class Block:
@@ -117,6 +99,7 @@ class CachingAllocator:
         settings: Options.
         capacity_bytes: What the card leaves to the allocator; default: no limit.
         record: Told of every action.
+        total_bytes: What `memory_fraction` is a share of; default: `capacity_bytes`.
     """
 
     def __init__(
@@ -124,11 +107,12 @@ class CachingAllocator:
         settings: AllocatorSettings | None = None,
         capacity_bytes: int | None = None,
         record: Recorder | None = None,
+        total_bytes: int | None = None,
     ) -> None:
         self._settings = settings or AllocatorSettings()
         self._capacity = UNLIMITED if capacity_bytes is None else capacity_bytes
         fraction = self._settings.memory_fraction
-        self._limit = UNLIMITED if fraction is None else int(fraction * self._capacity)
+        self._limit = UNLIMITED if fraction is None else int(fraction * (total_bytes or self._capacity))
         self._max_split = self._settings.max_split_bytes or UNLIMITED
         self._record = record or (lambda action, address, num_bytes: None)
         self._small, self._large = _Pool(SMALL_SEGMENT, small=True), _Pool(LARGE_SEGMENT, small=False)

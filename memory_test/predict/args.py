@@ -1,4 +1,4 @@
-"""What `memory-test predict` takes. No torch, so that ``--help`` answers at once."""
+"""What `memory-test predict` and `calibrate` take. No torch, so that ``--help`` answers at once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,8 @@ from dit_dp.errors import UsageError
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.store import check_writable
 from memory_test.core.units import MIB
-from memory_test.predict.allocator import AllocatorSettings
-from memory_test.predict.cards import Card, find_card
+from memory_test.predict.cards import CARDS, Card, find_card
+from memory_test.predict.settings import AllocatorSettings
 
 CPU_NAME = "cpu"
 """What stands for this machine's CPU in place of a card."""
@@ -45,6 +45,8 @@ class PredictArgs:
     """As in PYTORCH_ALLOC_CONF; acts only together with --memory-fraction."""
     memory_fraction: float | None = None
     """Share of the card that may be reserved, as torch.cuda.set_per_process_memory_fraction."""
+    calibration: Path | None = None
+    """File of `memory-test calibrate` to count time with; default: the one shipped for the card, if any."""
     output: Path | None = None
     """File of the record (source: predicted); default: none."""
     timeline: Path | None = None
@@ -111,3 +113,26 @@ class PredictArgs:
             garbage_collection_threshold=self.garbage_collection_threshold,
             memory_fraction=self.memory_fraction,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateArgs:
+    """Measure the rates of this machine's device, so that predictions of step time are times."""
+
+    output: Path
+    """File to write; a card's belongs to memory_test/predict/calibration/CARD.json."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: CUDA if there is one."""
+    card: str | None = None
+    """Name in the catalogue (memory-test cards); default: the card whose memory and SMs this device has."""
+    seconds: float = 0.5
+    """Shortest time each kernel is run for."""
+    quick: bool = False
+    """Small models and batches for the whole steps: for trying it out."""
+
+    def __post_init__(self) -> None:
+        check_writable(self.output)
+        if not self.seconds > 0:
+            raise UsageError.for_value("seconds", self.seconds, "a number > 0")
+        if self.card is not None and self.card not in CARDS:
+            raise UsageError.for_value("card", self.card, CARDS)

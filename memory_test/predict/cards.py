@@ -159,3 +159,17 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
+
+
+def describe_cards() -> str:
+    """Return the catalogue as a table."""
+    head = f"{'card':<18} {'memory':>9} {'SMs':>4} {'GB/s':>6} {'float32':>8} {'TF32':>6} {'bf16':>6}  source"
+    lines = [head, "-" * len(head)]
+    for card in CARDS.values():
+        rates = f"{card.float32 / 1e12:8.1f} {card.tf32 / 1e12:6.0f} {card.bf16 / 1e12:6.0f}"
+        memory = f"{card.memory_bytes / GIB:.2f} GiB"
+        lines.append(
+            f"{card.name:<18} {memory:>9} {card.num_sms:>4} {card.bandwidth / 1e9:6.0f} {rates}  {card.source}"
+        )
+    lines += ["", "Rates are dense TFLOP/s of the vendor. Others: --gpu 24GB, --gpu custom:memory=24,sms=128,..."]
+    return "\n".join(lines)

@@ -1,5 +1,6 @@
 """`memory-test predict`: imagine a cell on a card, say what it takes, write what was asked for."""
 
+import contextlib
 import shutil
 import sys
 import tempfile
@@ -10,13 +11,16 @@ from dit_dp.errors import UsageError
 from memory_test.core import store
 from memory_test.core.measure import Measured
 from memory_test.core.schema import Record
-from memory_test.predict.allocator import AllocatorSettings, OutOfMemoryError
+from memory_test.predict.allocator import OutOfMemoryError
 from memory_test.predict.args import PredictArgs
 from memory_test.predict.cards import Card
 from memory_test.predict.predict import Imagined, imagined_run, predict_memory
+from memory_test.predict.rates import calibration_of
 from memory_test.predict.record import predicted_record
 from memory_test.predict.refusals import named
-from memory_test.predict.render import describe_prediction
+from memory_test.predict.render import describe_prediction, describe_time
+from memory_test.predict.roofline import rates_of
+from memory_test.predict.settings import AllocatorSettings
 from memory_test.predict.snapshot import write_snapshot
 from memory_test.sweep.process import default_threads
 from memory_test.sweep.summary import describe_cell
@@ -28,11 +32,13 @@ def run_predict(args: PredictArgs) -> int:
     sys.stderr.write(f"{describe_cell(config)}, on {args.gpu}: predicted, nothing is run\n")
     device = "cpu" if card is None else "cuda"
     resolved = config.resolve(device=device, num_threads=config.num_threads or default_threads()) | args.ranks
-    with named(config.model):
-        run = imagined_run(resolved, card)
+    rates = rates_of(card, args.calibration)
+    with named(config.model), contextlib.redirect_stdout(sys.stderr):  # what a callable of the user's prints
+        run = imagined_run(resolved, card, rates=rates)
     found, failure = on_card(run, card, args.settings)
     record = predicted_record(config, resolved, card, args.settings, found, failure)
     sys.stdout.write(describe_prediction(record, card) + "\n")
+    sys.stdout.write(describe_time(run, rates, calibration_of(card, args.calibration)) + "\n")
     _write(args, record, run, card)
     return 0 if failure is None else 1
 

@@ -28,7 +28,7 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     "unique_dim": _distinct_rows,
     "_local_scalar_dense": _some_scalar,
 }
-"""By operation whose result depends on data: what to take for it. Only Opacus asks; engines of ours are told."""
+"""By operation whose result depends on data: what to take for it. Opacus and optimizers ask; our engines are told."""
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -195,11 +195,13 @@ class _Calls(TorchFunctionMode):
         return tensor if dtype is None and not copy else tensor.to(dtype or tensor.dtype, copy=copy)
 
     def _bring(self, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, FakeTensor):
-            self._tracer.see(tensor)
-            return tensor
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        return made.requires_grad_(tensor.requires_grad)
+        """Return a tensor on the device: itself if it is there or a parameter, which stays one; else a copy."""
+        known = isinstance(tensor, FakeTensor) and (
+            isinstance(tensor, nn.Parameter) or tensor.requires_grad or self._tracer.index(tensor) is not None
+        )
+        made = tensor if known else torch.empty_like(tensor).requires_grad_(tensor.requires_grad)
+        self._tracer.see(made)
+        return made
 
 
 _MOVES = (Tensor.to, Tensor.cuda)

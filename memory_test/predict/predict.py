@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from dit_dp.clipping.costs import measured
-from dit_dp.objectives import DDPMObjective
-from dit_dp.objectives.paths import Diffusion
 from memory_test.core.breakdown import Tag
+from memory_test.core.config import is_custom
+from memory_test.core.custom import load_target
 from memory_test.core.measure import MEMORY_STEPS, Measured, Wrap, run_loop, summarise
 from memory_test.core.meters import MemoryReading, TaggingMeter, Times, forward_only
-from memory_test.core.workload import Data
-from memory_test.predict.allocator import AllocatorSettings
 from memory_test.predict.cards import Card
 from memory_test.predict.fakes import STAND_INS
 from memory_test.predict.imagine import imagine, on_this_machine
 from memory_test.predict.replay import Peaks, Place, as_log, replay
-from memory_test.predict.roofline import Ceilings, operation_seconds, rule_seconds
+from memory_test.predict.roofline import Rates, operation_seconds, rule_seconds
+from memory_test.predict.settings import AllocatorSettings
 from memory_test.predict.temporaries import CudaTemporaries
 from memory_test.predict.trace import Trace
 from memory_test.predict.tracer import Tracer
@@ -43,9 +42,9 @@ class Imagined:
     tags: tuple[Tag, ...]
     choices: dict[str, Any]
 
-    def seconds(self, ceilings: Ceilings) -> list[float]:
-        """Return when each event happens if every operation runs at the card's ceilings."""
-        ends = [0.0, *accumulate(op.count * operation_seconds(op, ceilings) for op in self.trace.operations)]
+    def seconds(self, rates: Rates) -> list[float]:
+        """Return when each event happens if every operation runs at these rates."""
+        ends = [0.0, *accumulate(op.count * operation_seconds(op, rates) for op in self.trace.operations)]
         return [ends[count] for count in self.trace.event_operations]
 
 
@@ -69,30 +68,13 @@ class TraceMeter(TaggingMeter):
         return self._tags
 
 
-@dataclass(frozen=True)
-class BlankImages:
-    """Inputs without data, that arrive on the device as they are drawn: stands for an `ImageSet`."""
-
-    channels: int
-    size: int
-
-    def rows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return (N, C, H, W) inputs and (N,) labels."""
-        inputs = torch.empty(count, self.channels, self.size, self.size, device="cuda")
-        return inputs, torch.empty(count, dtype=torch.int64, device="cuda")
-
-
-class ImaginedDiffusion(Diffusion):
-    """Brings its tables to the imagined device when they are first asked for."""
-
-    def at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
-        """Return a table's entries, as `Diffusion.at`."""
-        self._tables[table] = self._tables[table].cuda()
-        return super().at(table, t, like)
-
-
 def imagined_run(
-    resolved: dict[str, Any], card: Card | None, num_steps: int = MEMORY_STEPS, *, whole: bool = True
+    resolved: dict[str, Any],
+    card: Card | None,
+    num_steps: int = MEMORY_STEPS,
+    *,
+    whole: bool = True,
+    rates: Rates | None = None,
 ) -> Imagined:
     """Run the measuring loop on a device that is not there.
 
@@ -102,18 +84,19 @@ def imagined_run(
         num_steps: Steps that are traced, at least 2.
         whole: Whether the first step's look for examples that are not kept apart is traced; it takes a third of the
             time, and steady steps do not depend on it.
+        rates: What methods that plan count time with; default: the card's ceilings.
     """
     if card is None:
         tracer = Tracer(stand_ins=STAND_INS, host_too=True)
         cost = on_this_machine(measured(torch.device("cpu"), torch.float32))
-        data = None
     else:
         tracer = Tracer(CudaTemporaries(card), STAND_INS)
-        cost = rule_seconds(Ceilings.of(card))
-        data = _blank_data(resolved)
+        cost = rule_seconds(rates or Rates.ceilings(card))
     meter = TraceMeter(tracer)
+    if is_custom(resolved["model"], resolved["pretrained"]):
+        load_target(resolved["model"])  # a module that is imported later keeps tensors without data
     with _ranks(tracer, resolved) as wrap, imagine(tracer, card, cost, whole=whole):
-        choices = run_loop(resolved, meter, num_steps, lambda phase: None, data=data, wrap=wrap)
+        choices = run_loop(resolved, meter, num_steps, lambda phase: None, said_device="cpu", wrap=wrap)
         tracer.stop()
     tracer.trace.order_deaths(place.position for place in meter.places)
     kernels = {op.name for op in tracer.trace.operations if op.name.startswith("_scaled_dot_product")}
@@ -130,21 +113,13 @@ def _ranks(tracer: Tracer, resolved: dict[str, Any]) -> contextlib.AbstractConte
     return imagined_ranks(tracer, resolved["world_size"], resolved["sharding"])
 
 
-def _blank_data(resolved: dict[str, Any]) -> Data:
-    """Return batches without data."""
-    drops = resolved["class_dropout_prob"]
-    objective = DDPMObjective(learn_sigma=resolved["learn_sigma"], class_dropout_prob=drops)
-    objective.path = ImaginedDiffusion(objective.config.num_steps)
-    images: Any = BlankImages(resolved["in_channels"], resolved["latent_size"])
-    return Data(images, objective, "cpu", torch.Generator(), torch.Generator())
-
-
 def predict_memory(
     run: Imagined,
     card: Card | None,
     *,
     settings: AllocatorSettings | None = None,
     limited: bool = False,
+    rates: Rates | None = None,
 ) -> Measured:
     """Return what a memory pass on the device would have found.
 
@@ -153,6 +128,7 @@ def predict_memory(
         card: Where; `None`: this machine's CPU, whose allocator rounds nothing and keeps nothing.
         settings: Of the caching allocator.
         limited: Whether the card's memory is the limit; otherwise the demand is returned, whatever the card has.
+        rates: For the timeline; default: the card's ceilings.
 
     Raises:
         OutOfMemoryError: The card is too small, if it limits.
@@ -162,11 +138,11 @@ def predict_memory(
         held = [storage.num_bytes for storage in run.trace.storages]
         source = "predicted: storages of a traced step"
     else:
-        capacity = card.usable_bytes if limited else None
-        replayed = replay(run.trace, run.places, settings=settings, capacity_bytes=capacity)
+        usable, total = (card.usable_bytes, card.memory_bytes) if limited else (None, None)
+        replayed = replay(run.trace, run.places, settings=settings, capacity_bytes=usable, total_bytes=total)
         held, peaks = replayed.sizes, replayed.peaks
         source = "predicted: a traced step through a model of the caching allocator"
-    log = as_log(run.trace, held, run.places, run.tags, run.seconds(Ceilings.of(card)))
+    log = as_log(run.trace, held, run.places, run.tags, run.seconds(rates or Rates.ceilings(card)))
     reading = MemoryReading(log, peaks=peaks, source=source)
     repeat = summarise(reading, Times({}, {}, {}), range(0), None)
     if card is not None and repeat.peak_reserved_bytes is not None:

@@ -9,8 +9,9 @@ from memory_test.core.environment import capture
 from memory_test.core.measure import Measured
 from memory_test.core.schema import SCHEMA_VERSION, Environment, Failure, Record
 from memory_test.predict import band
-from memory_test.predict.allocator import AllocatorSettings, OutOfMemoryError
+from memory_test.predict.allocator import OutOfMemoryError
 from memory_test.predict.cards import Card
+from memory_test.predict.settings import AllocatorSettings
 from memory_test.sweep.runner import cell_id
 
 

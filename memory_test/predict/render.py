@@ -1,8 +1,11 @@
-"""A predicted record and the catalogue of cards, for people."""
+"""A predicted record for people."""
 
 from memory_test.core.schema import Record
-from memory_test.core.units import GIB, format_bytes
-from memory_test.predict.cards import CARDS, Card
+from memory_test.core.units import format_bytes, format_seconds
+from memory_test.predict.cards import Card
+from memory_test.predict.predict import Imagined
+from memory_test.predict.rates import Calibration
+from memory_test.predict.roofline import Rates, step_seconds
 
 _ATTENTION = {
     "cudnn": "cuDNN's kernel, whose workspaces are not yet calibrated on a GPU: counted as none",
@@ -54,15 +57,10 @@ def _use(record: Record, card: Card) -> list[str]:
     return [f"{line}: DOES NOT FIT", f"reason      {where}; memory-test plan says what does"]
 
 
-def describe_cards() -> str:
-    """Return the catalogue as a table."""
-    head = f"{'card':<18} {'memory':>9} {'SMs':>4} {'GB/s':>6} {'float32':>8} {'TF32':>6} {'bf16':>6}  source"
-    lines = [head, "-" * len(head)]
-    for card in CARDS.values():
-        rates = f"{card.float32 / 1e12:8.1f} {card.tf32 / 1e12:6.0f} {card.bf16 / 1e12:6.0f}"
-        memory = f"{card.memory_bytes / GIB:.2f} GiB"
-        lines.append(
-            f"{card.name:<18} {memory:>9} {card.num_sms:>4} {card.bandwidth / 1e9:6.0f} {rates}  {card.source}"
-        )
-    lines += ["", "Rates are dense TFLOP/s of the vendor. Others: --gpu 24GB, --gpu custom:memory=24,sms=128,..."]
-    return "\n".join(lines)
+def describe_time(run: Imagined, rates: Rates, calibration: Calibration | None) -> str:
+    """Return a step's time with its error, or that only a ranking can be had."""
+    if calibration is None:
+        return "step time   no calibration for this device, so none is claimed; memory-test plan ranks methods"
+    seconds = step_seconds(run.trace, run.places, rates)
+    tried = f"off by at most {calibration.worst_error:.0%} on {len(calibration.cells)} whole steps"
+    return f"step time   {format_seconds(seconds)} ({tried} of {calibration.environment['device_name']})"

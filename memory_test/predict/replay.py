@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memory_test.core.breakdown import Event, Log, Mark, Tag
-from memory_test.predict.allocator import AllocatorSettings, Block, CachingAllocator, OutOfMemoryError, Recorder
+from memory_test.predict.allocator import Block, CachingAllocator, OutOfMemoryError, Recorder
+from memory_test.predict.settings import AllocatorSettings
 from memory_test.predict.trace import Trace
 
 Peaks = dict[tuple[int, str], tuple[int, int]]
@@ -41,6 +42,7 @@ def replay(
     settings: AllocatorSettings | None = None,
     capacity_bytes: int | None = None,
     record: Recorder | None = None,
+    total_bytes: int | None = None,
 ) -> Replayed:
     """Run a trace through a model of CUDA's caching allocator.
 
@@ -50,11 +52,12 @@ def replay(
         settings: Of the allocator.
         capacity_bytes: What the card leaves to it; default: no limit.
         record: Told of the allocator's every action.
+        total_bytes: Of the card, which `memory_fraction` is a share of; default: `capacity_bytes`.
 
     Raises:
         OutOfMemoryError: The card is too small.
     """
-    allocator = CachingAllocator(settings, capacity_bytes, record)
+    allocator = CachingAllocator(settings, capacity_bytes, record, total_bytes)
     blocks: list[Block | None] = [None] * len(trace.storages)
     held = [0] * len(trace.storages)
     peaks: Peaks = {}

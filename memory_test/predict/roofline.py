@@ -1,47 +1,108 @@
-"""Step time from counting: every operation at the ceiling it meets first, the card's arithmetic or its memory.
+"""Step time from counting: every operation at the rate it meets first, the device's arithmetic or its memory.
 
-Ceilings are the vendor's; what a real kernel reaches of them is for a calibration to say. Without one the times rank
-methods and batches on one card, and are not offered as times.
+Without a calibration the rates are the vendor's ceilings, and times only rank methods and batches on one card. A
+calibration (`memory-test calibrate`, on the device) replaces them by rates that kernels of DiT's shapes reach, and adds
+what the host takes to launch an operation.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
 
 from dit_dp.clipping.contributions import HALF
 from memory_test.predict.cards import Card
-from memory_test.predict.trace import Operation
+from memory_test.predict.flops import KERNELS, PRODUCTS
+from memory_test.predict.rates import calibration_of
+from memory_test.predict.replay import Place
+from memory_test.predict.trace import Operation, Trace
+
+KernelClass = Literal["product", "attention", "other"]
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """Highest rates of a device.
+class Rates:
+    """What a device does in a second.
 
     Attributes:
-        float32, half: FLOP a second by operand.
+        product_float32, product_half: FLOP a second of matrix products, by operand.
+        attention_float32, attention_half: FLOP a second of fused attention.
         bandwidth: Bytes a second.
+        launch_s: Host's time an operation; a step takes at least as long as all launches.
+        calibrated: Whether they were measured.
     """
 
-    float32: float
-    half: float
+    product_float32: float
+    product_half: float
+    attention_float32: float
+    attention_half: float
     bandwidth: float
+    launch_s: float = 0.0
+    calibrated: bool = False
 
     @classmethod
-    def of(cls, card: Card | None) -> "Ceilings":
-        """Return a card's; without one, a usual CPU core's."""
+    def ceilings(cls, card: Card | None) -> "Rates":
+        """Return a card's, by its vendor; without one, a usual CPU core's."""
         if card is None:
-            return cls(1e11, 1e11, 1e10)
-        return cls(card.float32, card.bf16 or card.float32, card.bandwidth)
+            return cls(1e11, 1e11, 1e11, 1e11, 1e10)
+        half = card.bf16 or card.float32
+        return cls(card.float32, half, card.float32, half, card.bandwidth)
+
+    def flops(self, kind: KernelClass, *, half: bool) -> float:
+        """Return FLOP a second of a kernel class."""
+        if kind == "attention":
+            return self.attention_half if half else self.attention_float32
+        return self.product_half if half else self.product_float32
 
 
-def operation_seconds(operation: Operation, ceilings: Ceilings) -> float:
-    """Return the time of one operation at the ceilings."""
-    rate = ceilings.half if operation.dtype in HALF else ceilings.float32
-    return max(operation.flops / rate, operation.num_bytes / ceilings.bandwidth)
+def rates_of(card: Card | None, path: Path | None = None) -> Rates:
+    """Return the rates of a device: calibrated, if somebody did that, else its ceilings.
+
+    Args:
+        card: Which; `None`: this machine's CPU.
+        path: A calibration file, if not the one that is shipped.
+    """
+    found = calibration_of(card, path)
+    return Rates.ceilings(card) if found is None else Rates(**found.rates, calibrated=True)
 
 
-def rule_seconds(ceilings: Ceilings) -> Callable[[str, int, Any], float]:
-    """Return the cost of a norm rule at the ceilings: norm and clipped sum of a weight, for so many units.
+def kernel_class(name: str) -> KernelClass:
+    """Return the class of an operation, by its name in ATen."""
+    if name in PRODUCTS or name in KERNELS or name.startswith("convolution"):
+        return "product"
+    return "attention" if name.startswith("_scaled_dot_product") else "other"
+
+
+def operation_seconds(operation: Operation, rates: Rates) -> float:
+    """Return the device's time of one operation."""
+    rate = rates.flops(kernel_class(operation.name), half=operation.dtype in HALF)
+    return max(operation.flops / rate, operation.num_bytes / rates.bandwidth)
+
+
+def phase_seconds(trace: Trace, places: tuple[Place, ...], rates: Rates) -> dict[str, float]:
+    """Return the seconds of each phase of the last step: the device's or the host's, whichever takes longer."""
+    last = places[-1].step
+    found: dict[str, float] = {}
+    for place, following in pairwise(places):
+        if place.step == last:
+            begun = trace.event_operations
+            start, end = begun[place.position], begun[min(following.position, len(begun) - 1)]
+            operations = trace.operations[start:end]
+            device = sum(op.count * operation_seconds(op, rates) for op in operations)
+            host = rates.launch_s * sum(op.count for op in operations)
+            found[place.phase] = found.get(place.phase, 0.0) + max(device, host)
+    return found
+
+
+def step_seconds(trace: Trace, places: tuple[Place, ...], rates: Rates) -> float:
+    """Return the seconds of the last step, drawing its input left out as where it is measured."""
+    found = phase_seconds(trace, places, rates)
+    return sum(seconds for phase, seconds in found.items() if phase not in ("input", "idle"))
+
+
+def rule_seconds(rates: Rates) -> Callable[[str, int, Any], float]:
+    """Return the cost of a norm rule at the rates: norm and clipped sum of a weight, for so many units.
 
     The counts are those of `docs/architecture.md`: what `dit_dp.clipping.costs` times on a device that is there.
     """
@@ -49,20 +110,17 @@ def rule_seconds(ceilings: Ceilings) -> Callable[[str, int, Any], float]:
     def cost(rule: str, units: int, call: Any) -> float:
         positions, width, out_width = int(call.positions), int(call.width), int(call.out_width)
         size = int(call.element_size)
-        rate = ceilings.half if size == 2 else ceilings.float32
+        rate, bandwidth = rates.flops("product", half=size == 2), rates.bandwidth
         operands = units * positions * (width + out_width) * size
         gradients = 4 * units * width * out_width
         products = 2 * units * positions * width * out_width
         total = 4 * width * out_width
         if rule == "keep":  # formed and written, read for the norm, read for the sum
-            return (
-                max(products / rate, (operands + gradients) / ceilings.bandwidth)
-                + (2 * gradients + total) / ceilings.bandwidth
-            )
-        clipped_sum = max(products / rate, (operands + 2 * total) / ceilings.bandwidth)
+            return max(products / rate, (operands + gradients) / bandwidth) + (2 * gradients + total) / bandwidth
+        clipped_sum = max(products / rate, (operands + 2 * total) / bandwidth)
         if rule == "direct":  # formed, squared, dropped
-            return clipped_sum + max(products / rate, (operands + 2 * gradients) / ceilings.bandwidth)
+            return clipped_sum + max(products / rate, (operands + 2 * gradients) / bandwidth)
         gram = 1.125 * units * positions**2 * (width + out_width)
-        return clipped_sum + max(gram / rate, (operands + 12 * units * positions**2) / ceilings.bandwidth)
+        return clipped_sum + max(gram / rate, (operands + 12 * units * positions**2) / bandwidth)
 
     return cost

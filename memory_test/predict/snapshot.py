@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dit_dp.errors import UsageError
-from memory_test.predict.allocator import AllocatorSettings
 from memory_test.predict.predict import Imagined
 from memory_test.predict.replay import replay
+from memory_test.predict.settings import AllocatorSettings
 
 
 @dataclass

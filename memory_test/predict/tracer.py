@@ -18,6 +18,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from memory_test.predict.asker import a_model_asks
 from memory_test.predict.flops import KERNELS, count_flops
 from memory_test.predict.trace import Operation, Storage, Temporaries, Temporary, Trace
 
@@ -100,11 +101,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         return out
 
     def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """Run the operation; where its result depends on data, return the stand-in's."""
+        """Run the operation; where its result depends on data, return the stand-in's, but to a model's own code."""
         try:
             return func(*args, **kwargs)
         except Exception as error:
-            if name in self._stand_ins and type(error).__name__ in _DATA_DEPENDENT:
+            if name in self._stand_ins and type(error).__name__ in _DATA_DEPENDENT and not a_model_asks():
                 return self._stand_ins[name](*args, **kwargs)
             raise
 

@@ -20,7 +20,7 @@ import pandas as pd
 from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UsageError
 from memory_test.core import store
-from memory_test.core.config import ExperimentConfig
+from memory_test.core.config import DECIDED, ExperimentConfig
 from memory_test.core.schema import BREAKDOWN, PHASES, Environment, PhaseRecord, Record
 
 FREE = (
@@ -367,7 +367,10 @@ def _varying(configs: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the fields that tell groups apart."""
     known = list(configs)
     names = dict.fromkeys(name for config in known for name in config)
-    return [name for name in names if len({json.dumps(c.get(name), default=str) for c in known}) > 1]
+    found = {name: {json.dumps(config.get(name), default=str) for config in known} for name in names}
+    for name in DECIDED:  # by a model of the user's own, of which nothing is known
+        found.get(name, set()).discard("null")
+    return [name for name, values in found.items() if len(values) > 1]
 
 
 def _title(config: Mapping[str, Any], varying: list[str]) -> str:
@@ -376,11 +379,12 @@ def _title(config: Mapping[str, Any], varying: list[str]) -> str:
     size, channels, tokens = (config.get(name) for name in ("image_size", "in_channels", "num_tokens"))
     parts = [
         str(config.get("model")),
-        f"{size} px, {channels} channels, {tokens} tokens",
+        *([] if tokens is None else [f"{size} px, {channels} channels, {tokens} tokens"]),
         str(config.get("dtype")),
     ]
     if config.get("activation_checkpointing"):
         parts.append("activation checkpointing")
     told = {*said, *(implied if {"model", "image_size", "num_tokens"} & set(varying) else ())}
-    parts += [f"{name} {config.get(name)}" for name in varying if name not in told]
+    hidden = {*told, *(name for name in DECIDED if config.get(name) is None)}
+    parts += [f"{name} {config.get(name)}" for name in varying if name not in hidden]
     return " · ".join(parts)

@@ -104,7 +104,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                env=_environment(threads),
+                env=_environment(config, threads),
                 start_new_session=True,
                 pass_fds=tuple(pass_fds),
             )
@@ -153,9 +153,15 @@ def default_threads() -> int:
     return max(1, min(psutil.cpu_count(logical=False) or 1, allowed))
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """Return the worker's environment: threads pinned, this source tree first on its path."""
+def _environment(config: ExperimentConfig, threads: int) -> dict[str, str]:
+    """Return the worker's environment: threads pinned, this source tree first on its path.
+
+    A model of the user's own is looked for in the working directory too, if this process would find it there.
+    """
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    here = str(Path.cwd())
+    if config.is_custom and {"", here} & set(sys.path):
+        paths.append(here)
     pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     return {**os.environ, **pinned, "PYTHONPATH": os.pathsep.join(paths), "KINETO_LOG_LEVEL": "99"}
 

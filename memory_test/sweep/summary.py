@@ -10,6 +10,8 @@ from memory_test.core.units import format_bytes, format_seconds
 def describe_cell(config: ExperimentConfig) -> str:
     """Return what is about to be measured, with the derived sizes."""
     resolved = config.resolve(device=config.device, num_threads=config.num_threads or 0)
+    if config.is_custom:
+        return f"{config.experiment}: {config.model}, batch {config.batch_size}, {config.dtype}"
     size = f"{config.in_channels}x{config.latent_size}x{config.latent_size}"
     return (
         f"{config.experiment}: {resolved['model']}, {config.image_size} px, input {size}, T={resolved['num_tokens']}, "

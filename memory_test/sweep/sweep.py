@@ -88,7 +88,8 @@ def file_name(config: ExperimentConfig, device: str) -> str:
     """Return the cell's file name: readable, and unique by its resolved configuration."""
     resolved = config.resolve(device=device, num_threads=default_threads())
     model = Path(config.model).name if config.pretrained else "-".join(re.findall(r"[\w.]+", config.model_label))
-    parts = [config.experiment, model, f"{config.image_size}px", f"b{config.batch_size}", config.dtype]
+    size = [] if config.is_custom else [f"{config.image_size}px"]
+    parts = [config.experiment, model, *size, f"b{config.batch_size}", config.dtype]
     return "-".join([*parts, config_digest(resolved)[:8]]) + ".json"
 
 

@@ -34,7 +34,9 @@ def main(folder: Path) -> None:
     try:
         answer = _serve(request, exchange, line, limit)
     except UsageError as error:
-        answer = {"status": "usage", "message": str(error)}
+        cause = error.__cause__  # what a callable of the user's own raised
+        short = cause is not None and _is_out_of_memory(cause)
+        answer = _failure(cause, limit) if cause and short else {"status": "usage", "message": str(error)}
     except BaseException as error:  # noqa: BLE001  (the worker's boundary: everything becomes a record)
         answer = _failure(error, limit)
     write_json(exchange.answer, answer)
@@ -69,10 +71,7 @@ def _serve(request: dict[str, Any], exchange: Exchange, line: PhaseLine, limit: 
 def _failure(error: BaseException, limit: int | None) -> dict[str, Any]:
     """Describe a caught failure; out of memory is told by type and, on the CPU, by the allocator's message."""
     text = " ".join(str(error).split()).split(" If reserved but unallocated")[0]
-    name = type(error).__name__
-    out_of_memory = (
-        isinstance(error, MemoryError) or name == "OutOfMemoryError" or bool(re.search(_OUT_OF_MEMORY, text))
-    )
+    name, out_of_memory = type(error).__name__, _is_out_of_memory(error)
     traceback.print_exception(error, file=sys.stderr)
     answer: dict[str, Any] = {
         "status": "oom" if out_of_memory else "error",
@@ -92,6 +91,11 @@ def _failure(error: BaseException, limit: int | None) -> dict[str, Any]:
         elif limit is not None:
             answer["free_bytes"], answer["limit_bytes"] = max(0, limit - _data_bytes()), limit
     return answer
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or bool(re.search(_OUT_OF_MEMORY, str(error)))
 
 
 def requested_bytes(message: str) -> int | None:

@@ -178,6 +178,7 @@ def _maps(pid: int) -> str:
         ("doctor",),
         ("predict",),
         ("plan",),
+        ("calibrate",),
         ("cards",),
     ],
 )
@@ -193,7 +194,7 @@ def test_help_needs_no_torch(arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("rnu",), "run, sweep, compare, report, inspect, predict, plan, cards, doctor"),
+        (("rnu",), "run, sweep, compare, report, inspect, predict, plan, calibrate, cards, doctor"),
         (("run", "--experiment", "vanila"), "experiment: got 'vanila'; accepted: vanilla, "),
         (("run", "--experiment", "ghost", "--in-channels", "5"), "in_channels: got 5; accepted: 3 (RGB pixels), 4"),
         (("run", "--experiment", "ghost", "--batch-size", "0"), "batch_size: got 0; accepted: an integer >= 1"),

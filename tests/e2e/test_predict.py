@@ -125,7 +125,7 @@ def test_cards_are_listed_with_their_sources() -> None:
         (("predict", "--experiment", "auto", "--memory-budget-gib", "0.001", *SMALL), "memory_budget: got "),
         (("plan", "--gpu", "24"), "gpu: got '24'"),
         (("plan", "--epsilon", "8"), "delta: got None"),
-        (("plan", "--model", "mine:build"), "model: got 'mine:build'"),
+        (("plan", "--model", "mine:build"), "model: importing 'mine' raised ModuleNotFoundError"),
         (("cards", "H100"), "H100"),
     ],
 )
@@ -137,3 +137,13 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, arguments: tuple[
     assert words in last
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_calibration_of_this_cpu_gives_steps_their_time(tmp_path: Path) -> None:
+    done = run("calibrate", "--device", "cpu", "--quick", "--seconds", 0.05, "--output", "cpu.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("off by") == 2
+    cell = ("--experiment", "vanilla", *SMALL, "--gpu", "cpu", "--batch-size", 2)
+    without, with_it = (run("predict", *cell, *extra, cwd=tmp_path) for extra in ((), ("--calibration", "cpu.json")))
+    assert "no calibration for this device" in without.stdout
+    assert "off by at most" in with_it.stdout

@@ -1,7 +1,9 @@
 """The README's tables are what the committed records say; `--refresh-golden` writes them."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,15 +14,35 @@ from memory_test.report.markdown import excerpt
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-MARKED = re.compile(r"<!-- (table|comparison): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
+MARKED = re.compile(r"<!-- (table|comparison|emulator): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def generated(kind: str, folder: Path) -> str:
     """Return what stands between the marks."""
     if kind == "table":
         return excerpt(load_frame(folder))
+    if kind == "emulator":
+        return emulated(json.loads(folder.read_text(encoding="utf-8")))
     comparisons = [load(path) for path in folder.glob("*.json")]
     return summary(sorted(comparisons, key=lambda comparison: comparison.created_at))
+
+
+def emulated(record: dict[str, Any]) -> str:
+    """Return what the comparison with the emulated runtime showed."""
+    summary, edges = record["summary"], record["summary"]["edges"]
+    allocated, reserved = summary["peak_allocated_bytes"], summary["peak_reserved_bytes"]
+    apart = max(abs(edges["lowest_difference"]), abs(edges["highest_difference"]))
+    lines = [
+        f"against torch's CUDA build ({record['emulated_packages']['torch']}) and its real caching allocator on an "
+        "**emulated** CUDA runtime,",
+        f"{summary['count']} configurations: peak allocated off by {allocated['median_relative_error']:.3%} (median), "
+        f"{allocated['worst_relative_error']:.3%} (worst); reserved by",
+        f"{reserved['median_relative_error']:.3%} and {reserved['worst_relative_error']:.3%}; the largest batch that "
+        f"fits a card differs by at most {apart} in {edges['count']} cases",
+        "([record](results/prediction/emulator.json), [figure](results/prediction/emulator.png), "
+        "`make emulator-check`; the record says what it does not cover).",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def test_tables_come_from_the_committed_records(refresh_golden: bool) -> None:
@@ -30,7 +52,7 @@ def test_tables_come_from_the_committed_records(refresh_golden: bool) -> None:
         return f"<!-- {match[1]}: {match[2]} -->\n{generated(match[1], ROOT / match[2])}<!-- end -->"
 
     wanted, count = MARKED.subn(replaced, text)
-    assert count == 1
+    assert count == 2
     if refresh_golden:
         README.write_text(wanted, encoding="utf-8")
     assert text == wanted or refresh_golden

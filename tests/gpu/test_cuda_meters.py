@@ -9,6 +9,7 @@ from dit_dp.clipping import METHODS
 from memory_test.core import measure as measuring
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.schema import BREAKDOWN
+from memory_test.core.workload import Workload
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,15 +52,15 @@ def test_the_timing_pass_leaves_nothing_behind(method: str) -> None:
 
 
 def test_a_planted_buffer_is_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = measuring.build_model
+    original = measuring.build
 
-    def build(config: dict[str, Any]) -> torch.nn.Module:
-        model = original(config)
-        model.register_buffer("planted", torch.ones(PLANT_BYTES // 4))
-        return model
+    def build(config: dict[str, Any]) -> Workload:
+        workload = original(config)
+        workload.model.register_buffer("planted", torch.ones(PLANT_BYTES // 4))
+        return workload
 
     before = measured(resolved("ghost")).repeat.breakdown_bytes
-    monkeypatch.setattr(measuring, "build_model", build)
+    monkeypatch.setattr(measuring, "build", build)
     after = measured(resolved("ghost")).repeat.breakdown_bytes
     grown = {name: after[name] - before[name] for name in BREAKDOWN if after[name] - before[name] > PLANT_BYTES // 2}
     assert grown == {"parameters": PLANT_BYTES}

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memory_test.core.units import MIB
-from memory_test.predict.allocator import AllocatorSettings, Block, CachingAllocator, OutOfMemoryError
+from memory_test.predict.allocator import Block, CachingAllocator, OutOfMemoryError
+from memory_test.predict.settings import AllocatorSettings
 
 SETTINGS = {
     "native": AllocatorSettings(),

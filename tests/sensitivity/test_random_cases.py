@@ -17,7 +17,7 @@ from tests.sensitivity.generate import random_case
 from tests.sensitivity.record import Tally
 
 FIRST_SEED = 0
-SAMPLE = 25
+SAMPLE = 8
 NUM_CASES = 500
 
 KINDS = {

@@ -9,9 +9,9 @@ import torch
 
 from memory_test.core.config import ExperimentConfig
 from memory_test.predict.affine import AffineRun
-from memory_test.predict.allocator import AllocatorSettings
 from memory_test.predict.cards import CARDS
 from memory_test.predict.predict import Imagined, imagined_run, predict_memory
+from memory_test.predict.settings import AllocatorSettings
 from memory_test.predict.trace import Trace
 from memory_test.predict.tracer import Tracer
 

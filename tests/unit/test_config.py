@@ -3,7 +3,9 @@
 import pytest
 
 from dit_dp.errors import UsageError
-from memory_test.core.config import ExperimentConfig
+from memory_test.core.config import DECIDED, ExperimentConfig
+from memory_test.sweep.summary import describe_cell
+from memory_test.sweep.sweep import file_name
 
 
 def resolve(**values: object) -> dict[str, object]:
@@ -50,9 +52,36 @@ def test_defaults_become_explicit() -> None:
     assert ExperimentConfig(experiment="ghost").resolve(device="cuda", num_threads=1)["optimizer_impl"] == "foreach"
 
 
+def test_a_users_model_decides_its_sizes() -> None:
+    resolved = resolve(model="package.module:build", batch_size=7, dtype="bf16", compile=True)
+    for name in (*DECIDED, "latent_size", "num_tokens"):
+        assert resolved[name] is None
+    assert (resolved["model"], resolved["batch_size"], resolved["dtype"]) == ("package.module:build", 7, "bf16")
+    config = ExperimentConfig(experiment="ghost", model="package.module:build", batch_size=7)
+    assert describe_cell(config) == "ghost: package.module:build, batch 7, float32"
+    assert file_name(config, "cpu").startswith("ghost-package.module-build-b7-float32-")
+    assert ExperimentConfig(experiment="ghost", model="hub:name", pretrained=True).is_custom is False
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_size", 64), ("patch_size", 2), ("in_channels", 3), ("latent_downsample", 1), ("hidden_size", 64),
+        ("depth", 2), ("num_heads", 2), ("num_classes", 10), ("class_dropout_prob", 0.0), ("learn_sigma", False),
+        ("activation_checkpointing", True), ("data", "digits"),
+    ],
+)  # fmt: skip
+def test_what_a_users_model_decides_is_refused(name: str, value: object) -> None:
+    assert name in DECIDED
+    with pytest.raises(UsageError, match=f"^{name}: got .*accepted: no value; a:b decides it; drop the option$"):
+        resolve(model="a:b", **{name: value})
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
+        ({"model": ":build"}, ["model", "module:callable"]),
+        ({"model": "a-b:build"}, ["model", "module:callable"]),
         ({"experiment": "vanila"}, ["experiment", "'vanila'", "vanilla, "]),
         ({"model": "DiT-M/2"}, ["model", "'DiT-M/2'", "DiT-XL/2"]),
         ({"memory_budget_gib": 0.0}, ["memory_budget_gib", "0.0", "> 0"]),

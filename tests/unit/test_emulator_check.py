@@ -7,13 +7,14 @@ import pytest
 
 from dit_dp.clipping import METHODS
 from memory_test.core.units import MIB
-from memory_test.predict.allocator import AllocatorSettings, Block, CachingAllocator
+from memory_test.predict.allocator import Block, CachingAllocator
 from memory_test.predict.emulator.cases import CASES, allocator_options
 from memory_test.predict.emulator.edges import EDGES, largest
 from memory_test.predict.emulator.events import compare
 from memory_test.predict.emulator.figure import scatter
 from memory_test.predict.emulator.record import entry, summary
 from memory_test.predict.emulator.sides import Kept
+from memory_test.predict.settings import AllocatorSettings
 
 SETTINGS = [
     AllocatorSettings(),

@@ -147,3 +147,15 @@ def test_headline_batch_is_where_most_methods_ran(tmp_path):
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(UsageError, match="holds records"):
         frames.load_frame(tmp_path)
+
+
+def test_models_of_the_users_own_stand_beside_named_ones(tmp_path):
+    own = [record(m, batch, model="package.module:build") for m in ("vanilla", "ghost") for batch in (1, 4)]
+    groups = frames.groups(load(tmp_path, [*own, record("ghost"), record("vanilla", model="DiT-S/2")]))
+    assert [group.title for group in groups] == [
+        "package.module:build · float32",
+        "DiT-S/2 · 256 px, 4 channels, 256 tokens · float32",
+        "DiT-XL/2 · 256 px, 4 channels, 256 tokens · float32",
+    ]
+    assert groups[0].slug == "package-module-build-float32"
+    assert groups[0].rows["memory_ratio"].notna().all()

@@ -14,6 +14,7 @@ from memory_test.core.breakdown import running_total
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.meters import Clock, CpuMemoryMeter
 from memory_test.core.schema import BREAKDOWN, PHASES
+from memory_test.core.workload import ImageData, Workload
 
 PLANT_BYTES = 10 * 2**20
 
@@ -112,14 +113,14 @@ def difference(monkeypatch: pytest.MonkeyPatch, change: Any, method: str = "ghos
 
 
 def in_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = measuring.build_model
+    original = measuring.build
 
-    def build(resolved: dict[str, Any]) -> nn.Module:
-        model = original(resolved)
-        model.register_buffer("planted", plant())
-        return model
+    def build(resolved: dict[str, Any]) -> Workload:
+        workload = original(resolved)
+        workload.model.register_buffer("planted", plant())
+        return workload
 
-    monkeypatch.setattr(measuring, "build_model", build)
+    monkeypatch.setattr(measuring, "build", build)
 
 
 def in_saved_activations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,14 +145,12 @@ def in_optimizer_state(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    from memory_test.core.workload import Data
+    original = ImageData.batch
 
-    original = Data.batch
-
-    def batch(self: Data, size: int) -> dict[str, Tensor]:
+    def batch(self: ImageData, size: int) -> dict[str, Tensor]:
         return {**original(self, size), "planted": torch.ones(size, PLANT_BYTES // 4 // size)}
 
-    monkeypatch.setattr(Data, "batch", batch)
+    monkeypatch.setattr(ImageData, "batch", batch)
 
 
 def in_per_example_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from memory_test.plan.search import plan_method
 from memory_test.predict.allocator import OutOfMemoryError
 from memory_test.predict.cards import find_card
 from memory_test.predict.predict import imagined_run, predict_memory
+from memory_test.predict.roofline import Rates
 
 SMALL: dict[str, Any] = {
     "model": "DiT-S/2",
@@ -27,7 +28,9 @@ SMALL: dict[str, Any] = {
 
 def planned(method: str, **changes: Any) -> MethodPlan:
     args = PlanArgs(**{**SMALL, **changes})
-    return plan_method(method, functools.partial(args.cell, method), args.batch_size, args.card, args.margin)
+    return plan_method(
+        method, functools.partial(args.cell, method), args.batch_size, args.card, args.margin, Rates.ceilings(args.card)
+    )
 
 
 def fits(args: PlanArgs, method: str, batch: int) -> bool:

@@ -123,13 +123,19 @@ def test_empty_and_missing_folders(tmp_path: Path) -> None:
         list(store.load_folder(tmp_path / "no"))
 
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "record_v1.json"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
-def test_a_record_of_schema_1_is_still_read(refresh_golden: bool) -> None:
+@pytest.mark.parametrize("version", range(1, SCHEMA_VERSION + 1))
+def test_a_record_of_every_schema_is_still_read(version: int, refresh_golden: bool) -> None:
     """One file per schema version; a change of the schema needs a new version and a new file."""
-    if refresh_golden:
-        GOLDEN.write_text(store.dump(make_record()))
-    record = store.load(GOLDEN)
+    path = GOLDEN / f"record_v{version}.json"
+    if refresh_golden and version == SCHEMA_VERSION:
+        path.write_text(store.dump(make_record()))
+    record = store.load(path)
     assert isinstance(record, Record)
-    assert json.loads(store.dump(record)) == json.loads(GOLDEN.read_text())
+    written, golden = json.loads(store.dump(record)), json.loads(path.read_text())
+    assert golden["schema_version"] == version
+    assert {name: written[name] for name in golden} == golden
+    if version == SCHEMA_VERSION:
+        assert written.keys() == golden.keys()

@@ -10,7 +10,7 @@ from torch import Tensor
 from memory_test.predict.cards import CARDS
 from memory_test.predict.imagine import imagine
 from memory_test.predict.predict import STAND_INS
-from memory_test.predict.roofline import Ceilings, rule_seconds
+from memory_test.predict.roofline import Rates, rule_seconds
 from memory_test.predict.temporaries import (
     CudaTemporaries,
     accumulator_bytes,
@@ -135,7 +135,7 @@ def test_convolution_by_torch_takes_columns_and_by_cudnn_nothing_that_is_known()
 def births_in_backward(*, create_graph: bool = False) -> int:
     """Return the storages born in the backward of ``2 y + 3 y``, where y is not a leaf."""
     tracer = Tracer(stand_ins=STAND_INS)
-    with imagine(tracer, H100, rule_seconds(Ceilings.of(H100))):
+    with imagine(tracer, H100, rule_seconds(Rates.ceilings(H100))):
         x = torch.empty(1000, device="cuda").requires_grad_()
         y = x * 5
         total = (y * 2 + y * 3).sum()

@@ -6,7 +6,7 @@ from typing import Any
 from dit_dp.clipping.registry import METHODS
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.units import MIB
-from memory_test.predict.allocator import AllocatorSettings
+from memory_test.predict.settings import AllocatorSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 from bisect import bisect_right, insort
 from typing import Any
 
-from memory_test.predict.allocator import AllocatorSettings, Block, CachingAllocator, OutOfMemoryError
+from memory_test.predict.allocator import Block, CachingAllocator, OutOfMemoryError
+from memory_test.predict.settings import AllocatorSettings
 
 Action = tuple[str, int, int, int]
 """What was done, in which segment (by order of birth), where in it, and to how many bytes."""

@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from dit_dp.clipping.hardware import Hardware, imagined
 from memory_test.core.measure import measure_memory
-from memory_test.predict.allocator import AllocatorSettings
 from memory_test.predict.cards import CARDS
 from memory_test.predict.emulator.events import compare
 from memory_test.predict.emulator.record import numbers
 from memory_test.predict.fakes import STAND_INS
-from memory_test.predict.roofline import Ceilings, rule_seconds
+from memory_test.predict.roofline import Rates, rule_seconds
+from memory_test.predict.settings import AllocatorSettings
 
 
 class EmulatedHardware(Hardware):
     """Answers as usual what data decides, since there are none; rules cost what counting says."""
 
     def __init__(self) -> None:
-        self.rule_seconds = rule_seconds(Ceilings.of(CARDS["H100-80GB"]))
+        self.rule_seconds = rule_seconds(Rates.ceilings(CARDS["H100-80GB"]))
 
     def holds(self, condition: Tensor, *, usually: bool) -> bool:
         """Return the usual answer."""

@@ -50,7 +50,11 @@ def numbers(measured: "Measured") -> Result:
 
 
 def entry(case: Case, emulated: Result, predicted: Result) -> Result:
-    """Return what is kept of one configuration."""
+    """Return what is kept of one configuration.
+
+    A side is `carried` if it was measured before an edit of its sources that was judged not to matter to it, so that
+    it is not of the commit that the record names. The check itself carries nothing: it measures anew.
+    """
     errors = {name: relative(predicted["peaks"][name], value) for name, value in emulated["peaks"].items()}
     phases = [
         relative(got, wanted)
@@ -67,6 +71,7 @@ def entry(case: Case, emulated: Result, predicted: Result) -> Result:
         "worst_phase_error": max(phases, key=abs),
         "attention_kernels": emulated["choices"]["attention_kernels"],
         "choices_agree": _same_choices(emulated["choices"], predicted["choices"]),
+        "carried": [n for n, side in (("emulated", emulated), ("predicted", predicted)) if side.get("carried")],
         "retries": emulated["retries"],
         "allocator_actions": emulated["actions"],
         "allocator_first_difference": emulated["first_difference"],
@@ -95,6 +100,7 @@ def summary(entries: Iterable[Result], edges: Iterable[Result]) -> Result:
         found[name] = {"median_relative_error": median(errors), "worst_relative_error": max(errors)}
     found["worst_phase_error"] = max(abs(each["worst_phase_error"]) for each in entries)
     found["choices_that_differ"] = sum(not each["choices_agree"] for each in entries)
+    found["carried_results"] = sum(len(each["carried"]) for each in entries)
     found["allocator_actions"] = sum(each["allocator_actions"] for each in entries)
     found["allocator_runs_that_differ"] = sum(each["allocator_first_difference"] is not None for each in entries)
     found["edges"] = {

@@ -43,9 +43,10 @@ def emulate(emulator: Emulator, case: Case, card: Card = CARD) -> Result:
 
 
 def predict(case: Case, card: Card = CARD) -> Result:
-    """Predict a configuration in this process."""
+    """Predict a configuration in this process; what is emulated has no context, so its total is what is usable."""
+    bare = dataclasses.replace(card, memory_bytes=card.usable_bytes, context_bytes=0)
     try:
-        measured = predict_memory(imagined_run(case.resolved(), card), card, settings=case.settings, limited=True)
+        measured = predict_memory(imagined_run(case.resolved(), bare), bare, settings=case.settings, limited=True)
     except OutOfMemoryError as error:
         return {"status": "oom", "error": str(error)}
     return {"status": "ok", **numbers(measured)}

@@ -1,0 +1,1 @@
+"""Rates that devices reach, one JSON file a device, written by `memory-test calibrate` on it."""

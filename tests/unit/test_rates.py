@@ -1,0 +1,107 @@
+"""Step time: counted operations over rates, calibration files, and what they are refused for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dit_dp.errors import UsageError
+from memory_test.predict import rates as files
+from memory_test.predict.args import CalibrateArgs
+from memory_test.predict.cards import CARDS
+from memory_test.predict.rates import Calibration, Cell
+from memory_test.predict.replay import Place
+from memory_test.predict.roofline import Rates, kernel_class, operation_seconds, phase_seconds, rates_of, step_seconds
+from memory_test.predict.trace import Operation, Trace
+
+RATES = Rates(100.0, 200.0, 50.0, 80.0, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "flops", "num_bytes", "dtype", "seconds"),
+    [
+        ("mm", 1000, 10, torch.float32, 10.0),
+        ("mm", 1000, 10, torch.bfloat16, 5.0),
+        ("convolution_backward", 1000, 10, torch.float32, 10.0),
+        ("dit_dp::norm_partials", 1000, 10, torch.bfloat16, 5.0),
+        ("_scaled_dot_product_flash_attention", 1000, 10, torch.bfloat16, 12.5),
+        ("_scaled_dot_product_efficient_attention_backward", 1000, 10, torch.float32, 20.0),
+        ("add", 0, 1000, torch.float32, 100.0),
+        ("mm", 1, 1000, torch.float32, 100.0),
+    ],
+)
+def test_an_operation_takes_what_it_meets_first(
+    name: str, flops: int, num_bytes: int, dtype: torch.dtype, seconds: float
+) -> None:
+    assert operation_seconds(Operation(name, flops, num_bytes, dtype), RATES) == seconds
+    assert kernel_class(name) in ("product", "attention", "other")
+
+
+def test_a_phase_takes_the_devices_time_or_the_hosts_and_counts_what_is_alike() -> None:
+    operations = [Operation("mm", 100, 0, torch.float32, count=3), Operation("add", 0, 10, torch.float32)]
+    trace = Trace(storages=[], events=[0, 0, 1, 1], operations=operations, event_operations=[0, 1, 1, 2])
+    places = (Place(0, 2, "input"), Place(1, 2, "forward"), Place(3, 2, "backward"), Place(3, 2, "idle"))
+    assert phase_seconds(trace, places, RATES) == {"input": 3.0, "forward": 1.0, "backward": 0.0}
+    slow = Rates(100.0, 200.0, 50.0, 80.0, 10.0, launch_s=2.0)
+    assert phase_seconds(trace, places, slow)["input"] == 6.0
+    assert step_seconds(trace, places, RATES) == 1.0, "drawing the input is no part of a step"
+
+
+def a_calibration(**changes: Any) -> Calibration:
+    values = {name: value for name, value in vars(RATES).items() if name != "calibrated"}
+    cell = Cell(experiment="ghost", batch_size=4, dtype="float32", predicted_s=1.1, measured_s=1.0)
+    facts: dict[str, Any] = {"card": "H100-80GB", "rates": values, "cells": [cell], "environment": {}}
+    return Calibration(**{**facts, **changes})
+
+
+def test_a_calibration_is_read_as_it_was_written_and_gives_the_rates(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(files.dump(a_calibration()))
+    assert files.load(path) == a_calibration()
+    assert files.load(path).worst_error == pytest.approx(0.1)
+    found = rates_of(CARDS["H100-80GB"], path)
+    assert found.calibrated
+    assert found.product_half == RATES.product_half
+
+
+def test_a_calibration_of_another_device_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(files.dump(a_calibration()))
+    for card in (CARDS["A100-80GB"], None):
+        with pytest.raises(UsageError, match=r"^calibration: got '.*c.json of H100-80GB'; accepted: one of "):
+            rates_of(card, path)
+
+
+def test_a_newer_or_broken_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"schema_version": 99}))
+    with pytest.raises(UsageError, match=r"^schema_version: got 99"):
+        files.load(path)
+    path.write_text("{")
+    with pytest.raises(UsageError, match=r"^calibration: got "):
+        files.load(path)
+
+
+def test_without_a_file_rates_are_the_vendors() -> None:
+    card = CARDS["A100-40GB"]
+    found = rates_of(card)
+    assert not found.calibrated
+    assert (found.product_half, found.bandwidth) == (card.bf16, card.bandwidth)
+
+
+def test_every_shipped_file_is_of_the_card_it_is_named_after() -> None:
+    for path in files.FOLDER.glob("*.json"):
+        assert files.load(path).card == path.stem
+        assert path.stem in CARDS
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [({"card": "H1000"}, "card: got 'H1000'"), ({"seconds": 0.0}, "seconds: got 0.0")],
+)
+def test_mistakes_are_refused(tmp_path: Path, changes: dict[str, Any], start: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        CalibrateArgs(output=tmp_path / "c.json", **changes)
+    assert str(raised.value).startswith(start)
