@@ -35,7 +35,8 @@ RANKS_COVERED = {
 }
 
 RANKS_NOT_COVERED = {
-    "ddp": "the time of communication; NCCL's own buffers; DDP's copy of the parameters while it is built (at most 500 MiB)",
+    "ddp": "the time of communication; NCCL's own buffers; DDP's copy of the parameters while it is built (at most "
+    "500 MiB)",
     "fsdp2": "the time of communication; NCCL's own buffers; what CUDA reserves more because FSDP2's streams do not "
     "share freed blocks",
 }
