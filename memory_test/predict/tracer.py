@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         out = self._run(func, name, args, kwargs)
-        if self._silent:
+        if self._silent or _is_view(func):
             return out
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not self._host_too and (self._on_host or not self._on_device(tensors)):
@@ -112,7 +113,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
     def _note_operation(
         self, func: Any, name: str, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], results: list[Tensor]
     ) -> None:
-        if func.is_view or not (results or name in KERNELS):
+        if not (results or name in KERNELS):
             return
         flops = count_flops(func, name, args, kwargs, out)
         num_bytes = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*tensors, *results))
@@ -291,6 +292,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
     def stop(self) -> None:
         """Log no more: what dies now dies with the program."""
         self._live = {}
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    """Return whether an operation makes no storage and does no work."""
+    return bool(func.is_view)
 
 
 def _shape(tensor: Tensor) -> tuple[Any, ...]:
