@@ -1,11 +1,11 @@
 """`memory-test predict`: imagine a cell on a card, say what it takes, write what was asked for."""
 
 import contextlib
+import dataclasses
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from dit_dp.errors import UsageError
 from memory_test.core import store
@@ -68,10 +68,10 @@ def _write(args: PredictArgs, record: Record, run: Imagined, card: Card | None) 
 
 
 def _write_page(record: Record, path: Path) -> None:
-    """Write the report's page about one record, which need not fit the card to be drawn."""
+    """Write the report's page about what a step takes, whether or not that fits the card."""
     from memory_test.report.report import write_report
 
-    drawn: Any = record if record.status == "ok" else _as_if_it_fitted(record)
+    drawn = dataclasses.replace(record, status="ok", failure=None)
     with tempfile.TemporaryDirectory(prefix="memory-test-") as folder:
         store.save(drawn, Path(folder) / "record.json")
         page = write_report(Path(folder), Path(folder) / "report").html
@@ -79,9 +79,3 @@ def _write_page(record: Record, path: Path) -> None:
             shutil.copyfile(page, path)
         except OSError as error:
             raise UsageError(f"timeline: cannot write {path}: {error.strerror}") from error
-
-
-def _as_if_it_fitted(record: Record) -> Record:
-    import dataclasses
-
-    return dataclasses.replace(record, status="ok", failure=None)
