@@ -67,6 +67,7 @@ class AutoEngine(LeanEngine):
         self._planned: object = None
         self._split = False
         self._budget = 0
+        self._updated = False
 
     def _choose_blocks(self) -> None:
         for block in self.blocks:
@@ -139,7 +140,7 @@ class AutoEngine(LeanEngine):
     def _make_plan(self, batch: Batch, units: Units) -> Plan:
         step = self.known(batch, units)
         first = next(iter(self.model_parameters.values()))
-        self._budget = self.memory_budget or step.static_bytes + int(FREE_SHARE * hardware().free_bytes(first.device))
+        self._budget = self.memory_budget or self._held(step) + int(FREE_SHARE * hardware().free_bytes(first.device))
         plan = make_plan(step, self._budget, hardware().rule_seconds or measured(first.device, first.dtype))
         if self.memory_budget is not None and plan.peak_bytes > self.memory_budget:
             raise UsageError.for_value(
@@ -149,6 +150,17 @@ class AutoEngine(LeanEngine):
                 "or make the model or its input smaller",
             )
         return plan
+
+    def _held(self, step: Step) -> int:
+        """Return what a step holds all the time and is not free now: before the first update, no optimizer state."""
+        if self._updated:
+            return step.static_bytes
+        return step.static_bytes - sum(p.numel() for p in self.parameters.values()) * self.optimizer_bytes
+
+    def zero_grad(self) -> None:
+        """Clear gradients; after a release, the optimizer has made its state."""
+        self._updated = self._updated or self._state == "privatized"
+        super().zero_grad()
 
     def _rule_for(self, parameter: nn.Parameter, outers: list[Outer]) -> BookRule:
         if self._plan is None:

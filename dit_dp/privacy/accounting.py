@@ -112,6 +112,8 @@ def _descend(excess: Callable[[float], float], x: float, slope: float) -> float:
     """
     value = excess(x)
     while not slope * TOLERANCE <= value <= 0:
+        if value == math.inf or x > math.log(_LARGEST):
+            raise UsageError("delta: too small for the accountant, whose own truncation is larger; take a larger one")
         if x < math.log(_SMALLEST) and value < 0:
             return x
         step = (slope * TOLERANCE / 2 - value) / slope

@@ -4,18 +4,23 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import multiprocessing
+import shlex
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 from dit_dp.clipping.registry import METHODS
+from dit_dp.errors import UsageError
 from dit_dp.privacy import noise_multiplier
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.store import write_text
 from memory_test.plan.args import PlanArgs
 from memory_test.plan.facts import Budget, MethodPlan, Plan
 from memory_test.plan.render import describe_plan
+from memory_test.predict.rates import calibration_of
 from memory_test.sweep.process import default_threads
 
 
@@ -44,7 +49,15 @@ def make_plan(args: PlanArgs) -> Plan:
         recommended=None if best is None else best.method,
         command=None if best is None else command(args, best, budget),
         budget=budget,
+        calibrated=_calibrated(args),
     )
+
+
+def _calibrated(args: PlanArgs) -> str | None:
+    found = calibration_of(args.card, args.calibration)
+    if found is None:
+        return None
+    return f"Relative times by a calibration of the card, off by at most {found.worst_error:.0%} on whole steps."
 
 
 def _budget(args: PlanArgs) -> Budget | None:
@@ -61,8 +74,11 @@ def _plan_all(args: PlanArgs) -> list[MethodPlan]:
     if workers <= 1:
         return [_plan_one(args, method) for method in args.methods]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return list(pool.map(functools.partial(_plan_one, args), args.methods))
+    try:
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            return list(pool.map(functools.partial(_plan_one, args), args.methods))
+    except BrokenProcessPool as error:
+        raise UsageError("plan: a worker died, perhaps for want of memory; name fewer --methods") from error
 
 
 def _plan_one(args: PlanArgs, method: str) -> MethodPlan:
@@ -117,7 +133,7 @@ def command(args: PlanArgs, row: MethodPlan, budget: Budget | None) -> str:
     if row.memory_budget_gib is not None:
         cell = dataclasses.replace(cell, memory_budget_gib=row.memory_budget_gib)
     if budget is not None:
-        cell = dataclasses.replace(cell, noise_multiplier=round(budget.noise_multiplier, 4))
+        cell = dataclasses.replace(cell, noise_multiplier=math.ceil(budget.noise_multiplier * 1e4) / 1e4)
     words = ["memory-test", "run"]
     for field in dataclasses.fields(ExperimentConfig):
         value = getattr(cell, field.name)
@@ -125,4 +141,4 @@ def command(args: PlanArgs, row: MethodPlan, budget: Budget | None) -> str:
             continue
         flag = "--" + field.name.replace("_", "-")
         words += [flag] if value is True else [flag, str(value)]
-    return " ".join([*words, "--device", "cuda"])
+    return shlex.join([*words, "--device", "cuda"])

@@ -72,6 +72,7 @@ class Plan:
         recommended: The method to take; `None` if no private one fits.
         command: What measures it, to be run on the card.
         budget: The noise, if a budget was given.
+        calibrated: How step times were counted: by whose calibration, or `None`: at the vendor's ceilings.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -82,3 +83,4 @@ class Plan:
     recommended: str | None
     command: str | None
     budget: Budget | None
+    calibrated: str | None = None

@@ -1,5 +1,7 @@
 """A plan for people."""
 
+import math
+
 from memory_test.core.config import is_custom
 from memory_test.core.units import GIB, format_bytes
 from memory_test.plan.facts import MethodPlan, Plan
@@ -23,7 +25,7 @@ def describe_plan(plan: Plan) -> str:
     if plan.budget is not None:
         budget = plan.budget
         lines.append(
-            f"noise multiplier {budget.noise_multiplier:.4f} keeps epsilon {budget.epsilon:g} at delta "
+            f"noise multiplier {_up(budget.noise_multiplier):.4f} keeps epsilon {budget.epsilon:g} at delta "
             f"{budget.delta:g} over {budget.steps} steps at sampling rate {budget.sample_rate:.3g} "
             f"({budget.neighbouring}; {budget.accountant})"
         )
@@ -33,9 +35,17 @@ def describe_plan(plan: Plan) -> str:
     lines += [
         f"recommended: {plan.recommended}, the fastest private method that fits; on the card, measure it with",
         f"  {plan.command}",
-        "Relative times rank: every operation at the card's ceilings, not calibrated on a GPU. Memory is predicted.",
+        plan.calibrated
+        or "Relative times only rank: every operation at the card's ceilings, 5 µs to launch it, no calibration.",
+        f"Memory is predicted, not measured; attention by {card['attention']}"
+        + (": what torch picks for the card." if card["attention"] == "auto" else "."),
     ]
     return "\n".join(lines)
+
+
+def _up(noise_multiplier: float) -> float:
+    """Return a noise multiplier in four digits, never less."""
+    return math.ceil(noise_multiplier * 1e4) / 1e4
 
 
 def _cells(row: MethodPlan) -> tuple[str, ...]:

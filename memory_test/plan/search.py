@@ -1,6 +1,7 @@
 """The largest physical batch of a method on a card, and what a step of the logical batch costs."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from dit_dp.clipping.registry import METHODS
@@ -97,12 +98,15 @@ def _with_budget(method: str, config: ExperimentConfig, room: Card, card: Card, 
     logical = config.batch_size
     try:
         run = _imagine(config, room, rates)
-    except UsageError as error:  # not even the leanest plan is within the budget
-        return MethodPlan(method=method, status="too large", reason=str(error))
+    except UsageError as error:
+        if not str(error).startswith("memory_budget: "):
+            raise
+        return MethodPlan(method=method, status="too large", reason=str(error))  # even the leanest plan is
     physical = int(run.choices.get("physical_batch", 1 if method == "microbatch" else logical))
     reserved = _reserved(run, room)
     if reserved is None:
-        return _too_large(method, run, room)
+        return _too_large(method, "the logical batch, in its parts,", run, room, card)
+    budget = run.choices.get("memory_budget_bytes")
     return MethodPlan(
         method=method,
         status="fits",
@@ -112,7 +116,7 @@ def _with_budget(method: str, config: ExperimentConfig, room: Card, card: Card, 
         peak_reserved_bytes=reserved,
         free_bytes=card.usable_bytes - reserved,
         step_seconds=step_seconds(run.trace, run.places, rates),
-        memory_budget_gib=config.memory_budget_gib,
+        memory_budget_gib=None if budget is None else math.floor(1e3 * budget / GIB) / 1e3,
         choices=run.choices,
     )
 
@@ -122,21 +126,23 @@ def _with_budget(method: str, config: ExperimentConfig, room: Card, card: Card, 
 
 def _by_loop(method: str, cell: Cell, logical: int, room: Card, card: Card, rates: Rates) -> MethodPlan:
     """Plan a method that takes physical batches, whose sums add up."""
-    parts = 1 if logical <= SMALL[0] else 2  # with a sum held from the batch before, as all but the first have
+    parts = min(2, logical)  # with a sum held from the batch before, as all but the first have
     first, second = (min(size, logical) for size in SMALL)
     small = _imagine(cell(first, parts), room, rates)
     if _reserved(small, room) is None:
-        small, first = _imagine(cell(1, min(2, logical)), room, rates), 1
+        small, first = _imagine(cell(1, parts), room, rates), 1
         if _reserved(small, room) is None:
-            return _too_large(method, small, room)
+            return _too_large(method, "one example", small, room, card)
         second = min(SMALL[0], logical)
     family = _Family(lambda batch: _imagine(cell(batch, parts), room, rates), room, {first: small})
-    largest = family.largest(first, second, logical)
-    accumulation = -(-logical // largest)
-    physical = -(-logical // accumulation)  # no smaller last one
-    run = family.run(physical)
-    reserved = _reserved(run, room)
-    assert reserved is not None
+    accumulation = -(-logical // family.largest(first, second, logical))
+    reserved = None
+    while reserved is None:  # a little less may take more: fragments
+        physical = -(-logical // accumulation)  # no smaller last one
+        parts = min(2, accumulation)
+        run = family.run(physical) if parts == min(2, logical) else _imagine(cell(physical, 1), room, rates)
+        reserved = _reserved(run, room)
+        accumulation += reserved is None
     seconds = phase_seconds(run.trace, run.places, rates)
     once = sum(seconds.get(phase, 0.0) for phase in _ONCE)
     parts_s = sum(value for phase, value in seconds.items() if phase not in (*_ONCE, *_UNTIMED))
@@ -195,16 +201,16 @@ class _Family:
         return low
 
 
-def _too_large(method: str, run: Imagined, room: Card) -> MethodPlan:
-    """Say by how much the smallest batch does not fit, and what would."""
+def _too_large(method: str, what: str, run: Imagined, room: Card, card: Card) -> MethodPlan:
+    """Say by how much something does not fit, and on what card it would."""
     need = max(reserved for _, reserved in replay(run.trace, run.places).peaks.values())
     missing = need - room.usable_bytes
-    total = need + room.context_bytes
+    total = (need + room.context_bytes) * card.memory_bytes / room.memory_bytes
     return MethodPlan(
         method=method,
         status="too large",
         reason=(
-            f"one example takes {format_bytes(need)} reserved, {format_bytes(max(0, missing))} more than there is; "
+            f"{what} takes {format_bytes(need)} reserved, {format_bytes(max(0, missing))} more than there is; "
             f"a card of {format_bytes(total)} would do"
         ),
         peak_reserved_bytes=need,

@@ -69,6 +69,8 @@ class PredictArgs:
             raise UsageError.for_value("compile", True, "False", "what a compiler allocates is not modelled")
         if self.config.device == "cpu" and self.card is not None:
             raise UsageError.for_value("device", "cpu", "auto", "--gpu says where; this machine's CPU is --gpu cpu")
+        if self.config.device == "cuda" and self.card is None:
+            raise UsageError.for_value("device", "cuda", "auto", "--gpu cpu is this machine's CPU; name a card")
         if self.card is None and self.snapshot is not None:
             raise UsageError.for_value("snapshot", str(self.snapshot), "a card", "only CUDA has such snapshots")
         self._check_ranks()

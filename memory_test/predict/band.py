@@ -1,13 +1,23 @@
 """How far off a prediction may be, and who has seen that. Plain data."""
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from memory_test.core.config import is_custom
 from memory_test.core.schema import ErrorBand
+from memory_test.predict.cards import Card
 
 CUDA = ErrorBand(
     peak_allocated=0.005,
     peak_reserved=0.03,
-    source="largest errors against CUDA's caching allocator on an emulated runtime; not yet compared with a GPU",
+    source="bounds held against CUDA's caching allocator on an emulated H100 without cuDNN; not yet compared with a "
+    "GPU",
 )
-"""`make emulator-check` holds them: results/prediction/emulator.json."""
+"""`make emulator-check` holds them; the largest errors are in results/prediction/emulator.json."""
+
+NEWEST_TORCH = (2, 13)
+"""The table of what CUDA operations take inside is of torch 2.11 to this one."""
 
 CPU = ErrorBand(
     peak_allocated=0.005,
@@ -42,8 +52,29 @@ RANKS_NOT_COVERED = {
 }
 
 
-def of(on_cuda: bool, several_ranks: bool) -> ErrorBand:
-    """Return the band of a prediction."""
-    if several_ranks:
-        return RANKS_CUDA if on_cuda else RANKS_CPU
-    return CUDA if on_cuda else CPU
+def of(card: Card | None, resolved: dict[str, Any], kernels: Sequence[str], torch_version: str) -> ErrorBand:
+    """Return the band of a prediction, and what of it the comparison did not see.
+
+    Args:
+        card: Where; `None`: the CPU.
+        resolved: The configuration.
+        kernels: Attention kernels that ran.
+        torch_version: That predicted.
+    """
+    several = "sharding" in resolved
+    if card is None:
+        return RANKS_CPU if several else CPU
+    band = RANKS_CUDA if several else CUDA
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    outside = {
+        "cuDNN's attention": any("cudnn" in kernel for kernel in kernels),
+        "cuDNN's convolution": card.cudnn_convolution,
+        "a card that is no H100": (card.major, card.minor) != (9, 0),
+        "a model of your own": is_custom(resolved["model"], resolved["pretrained"]),
+        "a pretrained model": resolved["pretrained"],
+        "accumulation": resolved["accumulation"] > 1,
+        "the moving average": resolved["ema"],
+        f"torch {torch_version}": (major, minor) > NEWEST_TORCH,
+    }
+    unseen = ", ".join(name for name, here in outside.items() if here)
+    return band if not unseen else dataclasses.replace(band, source=f"{band.source}. It did not see: {unseen}")

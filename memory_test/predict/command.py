@@ -38,7 +38,7 @@ def run_predict(args: PredictArgs) -> int:
     found, failure = on_card(run, card, args.settings)
     record = predicted_record(config, resolved, card, args.settings, found, failure)
     sys.stdout.write(describe_prediction(record, card) + "\n")
-    sys.stdout.write(describe_time(run, rates, calibration_of(card, args.calibration)) + "\n")
+    sys.stdout.write(describe_time(run, rates, calibration_of(card, args.calibration), resolved["num_threads"]) + "\n")
     _write(args, record, run, card)
     return 0 if failure is None else 1
 

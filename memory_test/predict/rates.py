@@ -12,6 +12,9 @@ from memory_test.core.store import read
 from memory_test.predict.cards import Card
 
 SCHEMA_VERSION = 1
+RATES = ("product_float32", "product_half", "attention_float32", "attention_half", "bandwidth", "launch_s")
+"""Names of the rates that a file holds: the fields of `Rates` that are measured."""
+
 FOLDER = Path(__file__).parent / "calibration"
 """Of the files that are shipped, one a card: ``H100-80GB.json``. None yet: no GPU has been calibrated."""
 
@@ -47,7 +50,8 @@ class Calibration:
         card: Name in the catalogue, or of the CPU.
         rates: Arguments of `Rates` but `calibrated`.
         cells: Whole steps that the rates were tried on; none of them was used to find the rates.
-        environment: Where.
+        environment: Where; `device_name` among it.
+        num_threads: On a CPU: the threads that were used, and of whose steps it tells.
     """
 
     __pydantic_config__ = STRICT
@@ -57,6 +61,7 @@ class Calibration:
     rates: dict[str, float]
     cells: list[Cell]
     environment: dict[str, Any]
+    num_threads: int = 1
 
     @property
     def worst_error(self) -> float:
@@ -83,6 +88,13 @@ def load(path: Path) -> Calibration:
         UsageError: It is none, or of a newer schema.
     """
     found: Calibration = read(path, _adapter(), "calibration", SCHEMA_VERSION)
+    names = {*RATES, *found.rates}
+    wrong = next((name for name in sorted(names) if name not in RATES or not found.rates.get(name, 0) > 0), None)
+    if wrong is not None:
+        got = f"{wrong}={found.rates.get(wrong)}"
+        raise UsageError.for_value(
+            "calibration", f"{path}: {got}", [f"{name} > 0" for name in RATES], "calibrate again"
+        )
     return found
 
 
@@ -103,4 +115,9 @@ def calibration_of(card: Card | None, path: Path | None = None) -> Calibration |
             raise UsageError.for_value("calibration", f"{path} of {found.card}", f"one of {wanted}")
         return found
     shipped = FOLDER / f"{card.name}.json" if card is not None else None
-    return load(shipped) if shipped is not None and shipped.is_file() else None
+    if shipped is None or not shipped.is_file():
+        return None
+    found = load(shipped)
+    assert card is not None
+    assert found.card == card.name, f"{shipped} is of {found.card}"
+    return found

@@ -54,8 +54,8 @@ def predicted_record(
         choices={**found.choices, **_of_ranks(resolved)},
         environment=environment,
         timeline=repeat.timeline,
-        failure=None if failure is None else _failure(failure, card),
-        error_band=band.of(card is not None, "sharding" in resolved),
+        failure=None if failure is None else _failure(failure, card, settings),
+        error_band=band.of(card, resolved, found.choices["attention_kernels"], environment.torch_version),
         repeats=[repeat],
     )
 
@@ -87,8 +87,10 @@ def imagined_environment(card: Card | None, settings: AllocatorSettings) -> Envi
     )
 
 
-def _failure(error: OutOfMemoryError, card: Card | None) -> Failure:
+def _failure(error: OutOfMemoryError, card: Card | None, settings: AllocatorSettings) -> Failure:
     limit = card.usable_bytes if card else None
+    if card is not None and settings.memory_fraction is not None:
+        limit = min(card.usable_bytes, int(settings.memory_fraction * card.memory_bytes))
     return Failure(
         phase=error.phase,
         message="predicted not to fit; peaks are what a step would take on a card large enough",

@@ -57,10 +57,12 @@ def _use(record: Record, card: Card) -> list[str]:
     return [f"{line}: DOES NOT FIT", f"reason      {where}; memory-test plan says what does"]
 
 
-def describe_time(run: Imagined, rates: Rates, calibration: Calibration | None) -> str:
+def describe_time(run: Imagined, rates: Rates, calibration: Calibration | None, num_threads: int) -> str:
     """Return a step's time with its error, or that only a ranking can be had."""
-    if calibration is None:
+    other = calibration is not None and calibration.card == "cpu" and calibration.num_threads != num_threads
+    if calibration is None or other:
         return "step time   no calibration for this device, so none is claimed; memory-test plan ranks methods"
     seconds = step_seconds(run.trace, run.places, rates)
     tried = f"off by at most {calibration.worst_error:.0%} on {len(calibration.cells)} whole steps"
-    return f"step time   {format_seconds(seconds)} ({tried} of {calibration.environment['device_name']})"
+    device = calibration.environment.get("device_name", calibration.card)
+    return f"step time   {format_seconds(seconds)} ({tried} of {device})"

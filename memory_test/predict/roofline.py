@@ -18,6 +18,9 @@ from memory_test.predict.rates import calibration_of
 from memory_test.predict.replay import Place
 from memory_test.predict.trace import Operation, Trace
 
+LAUNCH_S = 5e-6
+"""A usual host's time to launch an operation of PyTorch's: assumed, so that many small ones do not look free."""
+
 KernelClass = Literal["product", "attention", "other"]
 
 
@@ -47,7 +50,7 @@ class Rates:
         if card is None:
             return cls(1e11, 1e11, 1e11, 1e11, 1e10)
         half = card.bf16 or card.float32
-        return cls(card.float32, half, card.float32, half, card.bandwidth)
+        return cls(card.float32, half, card.float32, half, card.bandwidth, LAUNCH_S)
 
     def flops(self, kind: KernelClass, *, half: bool) -> float:
         """Return FLOP a second of a kernel class."""

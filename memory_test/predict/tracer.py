@@ -117,7 +117,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
             return
         flops = count_flops(func, name, args, kwargs, out)
         num_bytes = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*tensors, *results))
-        self.trace.operations.append(Operation(name, flops, num_bytes, (results or tensors)[0].dtype, self._weight))
+        first = tensors if name in KERNELS else results  # the operands' products, whatever they are summed in
+        self.trace.operations.append(Operation(name, flops, num_bytes, first[0].dtype, self._weight))
 
     def _on_device(self, tensors: list[Tensor]) -> bool:
         """Return whether an operation on these runs on the device: one of them is there, or it makes the first."""
@@ -275,7 +276,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
 
     def _write_again(self, stretch: _Stretch) -> Tensor:
         first, run = len(self.trace.storages), 0
-        self.trace.storages += [replace(storage, scope=self._scope > 0) for storage in stretch.storages]
+        scope = self._scope > 0
+        self.trace.storages += [s if s.scope == scope else replace(s, scope=scope) for s in stretch.storages]
         for index, begun in stretch.events:
             self._repeat(stretch.operations[run:begun])
             run = begun
@@ -287,7 +289,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         return made
 
     def _repeat(self, operations: list[Operation]) -> None:
-        self.trace.operations += [replace(operation, count=self._weight) for operation in operations]
+        weight = self._weight
+        self.trace.operations += [each if each.count == weight else replace(each, count=weight) for each in operations]
 
     def stop(self) -> None:
         """Log no more: what dies now dies with the program."""

@@ -143,7 +143,7 @@ def test_a_calibration_of_this_cpu_gives_steps_their_time(tmp_path: Path) -> Non
     done = run("calibrate", "--device", "cpu", "--quick", "--seconds", 0.05, "--output", "cpu.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("off by") == 2
-    cell = ("--experiment", "vanilla", *SMALL, "--gpu", "cpu", "--batch-size", 2)
+    cell = ("--experiment", "vanilla", *SMALL, "--gpu", "cpu", "--batch-size", 2, "--num-threads", 1)
     without, with_it = (run("predict", *cell, *extra, cwd=tmp_path) for extra in ((), ("--calibration", "cpu.json")))
     assert "no calibration for this device" in without.stdout
     assert "off by at most" in with_it.stdout

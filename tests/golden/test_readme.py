@@ -40,7 +40,8 @@ def emulated(record: dict[str, Any]) -> str:
         f"{reserved['median_relative_error']:.3%} and {reserved['worst_relative_error']:.3%}; the largest batch that "
         f"fits a card differs by at most {apart} in {edges['count']} cases",
         "([record](results/prediction/emulator.json), [figure](results/prediction/emulator.png), "
-        "`make emulator-check`; the record says what it does not cover).",
+        f"`make emulator-check`; the record says what it does not cover, and which {summary['carried_results']} of "
+        f"{2 * summary['count']} results are of an earlier commit).",
     ]
     return "\n".join(lines) + "\n"
 

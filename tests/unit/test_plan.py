@@ -1,6 +1,7 @@
 """Plans: the largest batch really is, what does not fit says by how much, one private method is recommended."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,6 +57,35 @@ def test_the_largest_batch_is_the_largest(method: str) -> None:
     assert not fits(args, method, -(-4093 // (row.accumulation - 1))), "one part fewer would do"
     assert row.free_bytes is not None
     assert 0 <= row.free_bytes < 128 * MIB
+
+
+TIGHT = [
+    ("vanilla", 4, 0.45),
+    ("ghost", 4, 0.45),
+    ("vanilla", 300, 0.5),
+    ("auto", 300, 1.0),
+    ("microbatch", 7, 0.5),
+]
+
+
+@pytest.mark.parametrize(("method", "logical", "gib"), TIGHT)
+def test_what_the_command_runs_fits_with_the_margin(method: str, logical: int, gib: float) -> None:
+    """The command's very cell, imagined on the card less its margin."""
+    from memory_test.cli import RunArgs, parse
+
+    wide: dict[str, Any] = {"hidden_size": 512, "num_heads": 8, "depth": 2} if logical == 4 else {}
+    args = PlanArgs(**{**SMALL, **wide, "batch_size": logical, "margin": 0.2, "gpu": f"custom:memory={gib},context=64"})
+    row = plan_method(
+        method, functools.partial(args.cell, method), logical, args.card, args.margin, Rates.ceilings(args.card)
+    )
+    assert row.status == "fits", row.reason
+    config = parse(RunArgs, command(args, row, None).split()[2:]).config
+    assert config.batch_size * config.accumulation >= logical
+    room = replace(args.card, memory_bytes=int(0.8 * args.card.memory_bytes))
+    run = imagined_run(config.resolve(device="cuda", num_threads=1), room)
+    found = predict_memory(run, room, limited=True).repeat
+    assert found.peak_reserved_bytes is not None
+    assert found.peak_reserved_bytes <= room.usable_bytes
 
 
 def test_methods_that_part_the_batch_themselves_take_it_whole() -> None:
@@ -135,4 +165,4 @@ def test_mistakes_are_refused_in_one_line(changes: dict[str, Any], start: str) -
 
 
 def test_a_size_is_a_card() -> None:
-    assert find_card("24GB").name == "24GB"
+    assert find_card("24GB").name == "24GB (as A10G-24GB)"

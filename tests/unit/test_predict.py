@@ -71,13 +71,29 @@ def test_auto_plans_for_the_memory_of_the_card() -> None:
 
 def test_cards_are_found_by_name_by_size_and_as_described() -> None:
     assert find_card("a100-80gb") is CARDS["A100-80GB"]
-    assert find_card("24GB").memory_bytes == find_card("24GiB").memory_bytes == 24 * GIB
+    assert find_card("24GiB").memory_bytes == 24 * GIB
+    assert find_card("24GB") == replace(CARDS["A10G-24GB"], name="24GB (as A10G-24GB)")
+    assert find_card("96GB").memory_bytes < 96e9, "drivers report less than labels say"
     card = find_card("custom:memory=10,sms=20,context=300")
     assert (card.memory_bytes, card.num_sms, card.context_bytes) == (10 * GIB, 20, 300 * MIB)
 
 
 @pytest.mark.parametrize(
-    "name", ["H1000", "GB", "-4GB", "custom:", "custom:sms=3", "custom:memory=x", "custom:ram=3", "nanGB", "infGB"]
+    "name",
+    [
+        "H1000",
+        "GB",
+        "-4GB",
+        "custom:",
+        "custom:sms=3",
+        "custom:memory=x",
+        "custom:ram=3",
+        "nanGB",
+        "infGB",
+        "custom:memory=24,bandwidth=0",
+        "custom:memory=1e308",
+        "custom:memory=24,float32=0",
+    ],
 )
 def test_other_cards_are_refused_in_one_line(name: str) -> None:
     with pytest.raises(UsageError, match=r"^gpu: got ") as raised:

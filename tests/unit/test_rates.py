@@ -19,6 +19,10 @@ from memory_test.predict.trace import Operation, Trace
 RATES = Rates(100.0, 200.0, 50.0, 80.0, 10.0)
 
 
+def test_the_names_in_a_file_are_those_of_the_rates() -> None:
+    assert {*files.RATES, "calibrated"} == set(vars(RATES))
+
+
 @pytest.mark.parametrize(
     ("name", "flops", "num_bytes", "dtype", "seconds"),
     [
@@ -50,7 +54,7 @@ def test_a_phase_takes_the_devices_time_or_the_hosts_and_counts_what_is_alike() 
 
 
 def a_calibration(**changes: Any) -> Calibration:
-    values = {name: value for name, value in vars(RATES).items() if name != "calibrated"}
+    values = {**{name: value for name, value in vars(RATES).items() if name != "calibrated"}, "launch_s": 1e-6}
     cell = Cell(experiment="ghost", batch_size=4, dtype="float32", predicted_s=1.1, measured_s=1.0)
     facts: dict[str, Any] = {"card": "H100-80GB", "rates": values, "cells": [cell], "environment": {}}
     return Calibration(**{**facts, **changes})
@@ -91,10 +95,24 @@ def test_without_a_file_rates_are_the_vendors() -> None:
     assert (found.product_half, found.bandwidth) == (card.bf16, card.bandwidth)
 
 
-def test_every_shipped_file_is_of_the_card_it_is_named_after() -> None:
-    for path in files.FOLDER.glob("*.json"):
-        assert files.load(path).card == path.stem
-        assert path.stem in CARDS
+def test_a_shipped_file_is_taken_for_its_card_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "FOLDER", tmp_path)
+    (tmp_path / "H100-80GB.json").write_text(files.dump(a_calibration()))
+    assert rates_of(CARDS["H100-80GB"]).calibrated
+    assert not rates_of(CARDS["A100-80GB"]).calibrated
+    (tmp_path / "A100-80GB.json").write_text(files.dump(a_calibration()))
+    with pytest.raises(AssertionError, match="is of H100-80GB"):
+        rates_of(CARDS["A100-80GB"])
+
+
+@pytest.mark.parametrize("rates", [{}, {"bandwidth": 0.0}, {"speed": 1.0}], ids=str)
+def test_a_file_without_its_rates_is_refused(tmp_path: Path, rates: dict[str, float]) -> None:
+    path = tmp_path / "c.json"
+    known = a_calibration().rates if rates else {}
+    path.write_text(files.dump(a_calibration(rates={**known, **rates})))
+    with pytest.raises(UsageError, match=r"^calibration: got '.*c.json: \w+=") as raised:
+        files.load(path)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
