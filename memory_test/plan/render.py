@@ -15,8 +15,8 @@ def describe_plan(plan: Plan) -> str:
     size = "" if is_custom(config["model"], config["pretrained"]) else f"{config['image_size']} px, "
     lines = [
         f"{config['model']}, {size}{config['dtype']}, {config['optimizer']}, "
-        f"logical batch {config['batch_size']}, on {card['name']} ({card['memory_bytes'] / GIB:.2f} GiB, "
-        f"of which {format_bytes(card['context_bytes'])} for CUDA's context and {plan.margin:.0%} stay free)",
+        f"logical batch {config['batch_size']}, on {card['name']}: {card['memory_bytes'] / GIB:.2f} GiB, "
+        f"of which {format_bytes(card['context_bytes'])} for CUDA's context and {plan.margin:.0%} stay free",
         "",
         *_table([_HEAD, *(_cells(row) for row in plan.methods)]),
         "",
@@ -32,13 +32,13 @@ def describe_plan(plan: Plan) -> str:
     if plan.recommended is None:
         lines.append("recommended: nothing: no private method fits; take a larger card or a smaller model")
         return "\n".join(lines)
+    attention = "what torch picks for the card" if card["attention"] == "auto" else card["attention"]
     lines += [
         f"recommended: {plan.recommended}, the fastest private method that fits; on the card, measure it with",
         f"  {plan.command}",
         plan.calibrated
-        or "Relative times only rank: every operation at the card's ceilings, 5 µs to launch it, no calibration.",
-        f"Memory is predicted, not measured; attention by {card['attention']}"
-        + (": what torch picks for the card." if card["attention"] == "auto" else "."),
+        or "Relative times only rank: operations at the card's ceilings, 5 µs a launch, no calibration.",
+        f"Memory is predicted, not measured; attention: {attention}.",
     ]
     return "\n".join(lines)
 
