@@ -151,12 +151,10 @@ class Curve:
 
     def __post_init__(self) -> None:
         self._trial = self.step.trials[-1]
-        one = self.step.trials[0]
-        aligned = len(one.lives) == len(self._trial.lives)
         count = self._trial.num_units
         self._bytes = [
-            self._scale(single.num_bytes if aligned else life.num_bytes / count, life.num_bytes, count)
-            for life, single in zip(self._trial.lives, one.lives if aligned else self._trial.lives, strict=True)
+            self._scale(single, life.num_bytes, count)
+            for life, single in zip(self._trial.lives, self._single_bytes(), strict=True)
         ]
         self._split = self.batch < self.step.num_units
         self.static = self.step.static_bytes + (sum(self.step.parameter_bytes.values()) if self._split else 0)
@@ -166,6 +164,19 @@ class Curve:
         self.weights = {
             name: calls[-1] for name, calls in self._calls.items() if sum(call.positions for call in calls) > 1
         }
+
+    def _single_bytes(self) -> list[float]:
+        """Return the bytes of each storage in a trial of one unit.
+
+        What outlives its trial is a cache that whoever came first has filled, such as an objective's tables on a GPU:
+        it is in one trial alone, and does not grow.
+        """
+        first, last = self.step.trials[0].lives, self._trial.lives
+        passing = [life for life in first if life.dies is not None]
+        if len(passing) != sum(life.dies is not None for life in last):
+            return [life.num_bytes / self._trial.num_units for life in last]
+        singles = iter(passing)
+        return [life.num_bytes if life.dies is None else next(singles).num_bytes for life in last]
 
     def _scale(self, single: float, several: int, count: int) -> int:
         """Return a size at this batch from those of one unit and of `count`."""

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from dit_dp.clipping import attach
 from dit_dp.clipping.auto import AutoEngine
 from dit_dp.clipping.engine import Engine
+from dit_dp.clipping.planner import Curve, Step
+from dit_dp.clipping.probe import Life, Trial
 from dit_dp.errors import EngineStateError, UsageError
 from dit_dp.models import DiT
 from dit_dp.objectives import DDPMObjective
@@ -114,3 +116,16 @@ def test_global_random_state_is_left_alone() -> None:
     torch.manual_seed(7)
     attach(case.model, "auto").accumulate(case.loss_fn, case.batch)
     assert torch.equal(torch.rand(3), wanted)
+
+
+def test_what_the_first_trial_alone_left_behind_does_not_make_constants_grow() -> None:
+    """An objective moves its tables to the device once; weights cast for autocast are the same for any batch."""
+
+    def trial(units: int, *, cache: bool) -> Trial:
+        tables = [Life(8000, 1)] if cache else []
+        return Trial(units, [Life(100, 0, 9), *tables, Life(1_000_000, 2, 9), Life(500 * units, 3, 9)], end=10)
+
+    step = Step((trial(1, cache=True), trial(2, cache=False)), (), {}, 0, 8)
+    assert Curve(step, 8).peak((), 0, 0) == 100 + 1_000_000 + 500 * 8
+    later = Step((trial(1, cache=False), trial(2, cache=True)), (), {}, 0, 8)
+    assert Curve(later, 8).peak((), 0, 0) == 100 + 8000 + 1_000_000 + 500 * 8
