@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import multiprocessing
 import shlex
 import sys
@@ -133,7 +132,7 @@ def command(args: PlanArgs, row: MethodPlan, budget: Budget | None) -> str:
     if row.memory_budget_gib is not None:
         cell = dataclasses.replace(cell, memory_budget_gib=row.memory_budget_gib)
     if budget is not None:
-        cell = dataclasses.replace(cell, noise_multiplier=math.ceil(budget.noise_multiplier * 1e4) / 1e4)
+        cell = dataclasses.replace(cell, noise_multiplier=budget.printed_multiplier)
     words = ["memory-test", "run"]
     for field in dataclasses.fields(ExperimentConfig):
         value = getattr(cell, field.name)

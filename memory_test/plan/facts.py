@@ -1,5 +1,6 @@
 """What a plan says. Plain data."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,6 +59,11 @@ class Budget:
     noise_multiplier: float
     neighbouring: str = "add or remove one example"
     accountant: str = "dp-accounting, privacy loss distributions, Poisson sampling"
+
+    @property
+    def printed_multiplier(self) -> float:
+        """The noise multiplier in four digits, never less: what people copy."""
+        return math.ceil(self.noise_multiplier * 1e4) / 1e4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,5 @@
 """A plan for people."""
 
-import math
-
 from memory_test.core.config import is_custom
 from memory_test.core.units import GIB, format_bytes
 from memory_test.plan.facts import MethodPlan, Plan
@@ -25,7 +23,7 @@ def describe_plan(plan: Plan) -> str:
     if plan.budget is not None:
         budget = plan.budget
         lines.append(
-            f"noise multiplier {_up(budget.noise_multiplier):.4f} keeps epsilon {budget.epsilon:g} at delta "
+            f"noise multiplier {budget.printed_multiplier:.4f} keeps epsilon {budget.epsilon:g} at delta "
             f"{budget.delta:g} over {budget.steps} steps at sampling rate {budget.sample_rate:.3g} "
             f"({budget.neighbouring}; {budget.accountant})"
         )
@@ -41,11 +39,6 @@ def describe_plan(plan: Plan) -> str:
         f"Memory is predicted, not measured; attention: {attention}.",
     ]
     return "\n".join(lines)
-
-
-def _up(noise_multiplier: float) -> float:
-    """Return a noise multiplier in four digits, never less."""
-    return math.ceil(noise_multiplier * 1e4) / 1e4
 
 
 def _cells(row: MethodPlan) -> tuple[str, ...]:

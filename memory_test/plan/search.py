@@ -15,7 +15,7 @@ from memory_test.predict.cards import Card
 from memory_test.predict.predict import Imagined, imagined_run
 from memory_test.predict.refusals import named
 from memory_test.predict.replay import replay
-from memory_test.predict.roofline import Rates, phase_seconds, step_seconds
+from memory_test.predict.roofline import UNTIMED, Rates, phase_seconds, step_seconds
 
 SMALL = (4, 8)
 """Batch sizes that are traced; those between and beyond follow."""
@@ -28,8 +28,6 @@ SHARES = (0.85, 0.75, 0.65, 0.5)
 
 _ONCE = ("noise", "optimizer")
 """Phases that a step goes through once, however many physical batches it takes."""
-
-_UNTIMED = ("input", "idle")
 
 Cell = Callable[[int, int], ExperimentConfig]
 """From physical batch and accumulation to a cell."""
@@ -145,7 +143,7 @@ def _by_loop(method: str, cell: Cell, logical: int, room: Card, card: Card, rate
         accumulation += reserved is None
     seconds = phase_seconds(run.trace, run.places, rates)
     once = sum(seconds.get(phase, 0.0) for phase in _ONCE)
-    parts_s = sum(value for phase, value in seconds.items() if phase not in (*_ONCE, *_UNTIMED))
+    parts_s = sum(value for phase, value in seconds.items() if phase not in (*_ONCE, *UNTIMED))
     return MethodPlan(
         method=method,
         status="fits",

@@ -21,6 +21,9 @@ from memory_test.predict.trace import Operation, Trace
 LAUNCH_S = 5e-6
 """A usual host's time to launch an operation of PyTorch's: assumed, so that many small ones do not look free."""
 
+UNTIMED = ("input", "idle")
+"""Phases that are no part of a step's time, measured or predicted."""
+
 KernelClass = Literal["product", "attention", "other"]
 
 
@@ -101,7 +104,7 @@ def phase_seconds(trace: Trace, places: tuple[Place, ...], rates: Rates) -> dict
 def step_seconds(trace: Trace, places: tuple[Place, ...], rates: Rates) -> float:
     """Return the seconds of the last step, drawing its input left out as where it is measured."""
     found = phase_seconds(trace, places, rates)
-    return sum(seconds for phase, seconds in found.items() if phase not in ("input", "idle"))
+    return sum(seconds for phase, seconds in found.items() if phase not in UNTIMED)
 
 
 def rule_seconds(rates: Rates) -> Callable[[str, int, Any], float]:
