@@ -109,7 +109,8 @@ def test_the_prediction_is_rank_0s(on_ranks: Pool, method: str, sharding: str, c
     extra = left_out(resolved)
     assert got.keys() == wanted.keys()
     if sharding == "ddp":
-        assert unseen < 16 * 1024  # what ranks say to each other in pickled objects
+        # what ranks say to each other in pickled objects, and the constructor's copy if Gloo's thread drops it last
+        assert unseen < 16 * 1024 + extra["model"]
     for category in ("parameters", "gradients", "optimizer_state"):
         assert got["breakdown"][category] == wanted["breakdown"][category], category
     for name in wanted.keys() - {"breakdown"}:
