@@ -52,24 +52,26 @@ def train_step(
     generator: torch.Generator | None = None,
     ema: Ema | None = None,
     on_phase: Callable[[str], None] | None = None,
+    row_to_unit: Callable[[Batch], Tensor | None] | None = None,
 ) -> Tensor | None:
     """Take one step.
 
     Args:
         engine: A method attached to the model.
         optimizer: Over the engine's parameters.
-        loss_fn: Per-example losses, (N,).
-        batches: Physical batches, N rows in all, that make one logical one; each is asked for when the last is done.
+        loss_fn: Per-unit losses, (U,).
+        batches: Physical batches of whole units that make one logical batch; each is asked for when the last is done.
         noise_multiplier: sigma; 0 for `vanilla`.
         expected_batch_size: The divisor of the noised sum.
         generator: Source of the noise.
         ema: Updated with the parameters.
         on_phase: Told ``optimizer`` when the update begins; the engine announces the phases before.
+        row_to_unit: Gives the map of a batch's rows to units, such as `Objective.row_to_unit`; default: each row is one.
 
     Returns:
-        (N,) norms before clipping, or `None` where the method has none.
+        (U,) norms before clipping, or `None` where the method has none.
     """
-    norms = [engine.accumulate(loss_fn, batch) for batch in batches]
+    norms = [engine.accumulate(loss_fn, batch, row_to_unit and row_to_unit(batch)) for batch in batches]
     engine.privatize(noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size, generator=generator)
     if on_phase is not None:
         on_phase("optimizer")
