@@ -135,9 +135,8 @@ class Case:
 
     def step(self, runner: PhaseRunner, noise: float = 0.5) -> Tensor | None:
         noise = noise if runner.engine.private else 0.0
-        engine = _Mapped(runner.engine, self.row_to_unit)
         return train_step(
-            engine,  # type: ignore[arg-type]
+            runner.engine,
             runner.optimizer,
             self.objective,
             [self.batch],
@@ -145,25 +144,13 @@ class Case:
             expected_batch_size=workload_models.UNITS,
             ema=runner.ema,
             on_phase=runner.on_phase,
+            row_to_unit=self.objective.row_to_unit,
         )
 
     def train(self, runner: PhaseRunner, first: int, last: int) -> None:
         for step in range(first, last + 1):
             runner.apply(step)
             self.step(runner)
-
-
-class _Mapped:
-    """An engine that is told which rows are whose."""
-
-    def __init__(self, engine: Any, row_to_unit: Tensor | None) -> None:
-        self._engine, self._row_to_unit = engine, row_to_unit
-
-    def accumulate(self, loss_fn: Any, batch: Any) -> Any:
-        return self._engine.accumulate(loss_fn, batch, self._row_to_unit)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
 
 
 def needs(preset: str) -> None:
