@@ -89,6 +89,24 @@ def save_npz(samples: Tensor, path: Path | str, labels: Tensor | None = None) ->
     return _write(Path(path), lambda file: np.savez(file, *arrays))
 
 
+def save_images(samples: Tensor, folder: Path | str, labels: Tensor | None = None) -> Path:
+    """Write each sample as ``folder/LABEL/NUMBER.png``, an image folder, and return it; without labels, label 0.
+
+    Labels are as wide as the largest one's digits, so that their order among folders is theirs among numbers.
+
+    Raises:
+        UsageError: Not images, or a file cannot be written.
+    """
+    pixels = to_uint8(samples)
+    names = [0] * len(pixels) if labels is None else labels.tolist()
+    width = len(str(max(names, default=0)))
+    for number, (image, name) in enumerate(zip(pixels, names, strict=True)):
+        picture = Image.fromarray(image.squeeze(-1).numpy())
+        path = Path(folder) / f"{name:0{width}d}" / f"{number:06d}.png"
+        _write(path, lambda file, picture=picture: picture.save(file, format="PNG"))  # type: ignore[misc]
+    return Path(folder)
+
+
 def _write(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
     """Write a file so that a reader sees all of it or nothing, or raise `UsageError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
