@@ -28,6 +28,8 @@ def run_evaluate(args: EvaluateArgs, recipe: Recipe | None = None) -> Evaluation
     Raises:
         UsageError: Sources that cannot be read or do not fit, too few images, or a file that cannot be written.
     """
+    if args.output is not None:
+        _check_writable(args.output)
     samples = load_pictures("samples", args.samples, test_fraction=args.test_fraction)
     found: dict[str, Any] = {}
     if set(args.chosen) & set(OF_FEATURES):
@@ -93,6 +95,16 @@ def _like(name: str, source: str | None, samples: Pictures, args: EvaluateArgs) 
     return load_pictures(
         name, source, size=samples.size, channels=samples.channels, test_fraction=args.test_fraction
     )
+
+
+def _check_writable(path: Path) -> None:
+    """Raise `UsageError` before any work if the result could not be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UsageError.for_value("output", str(path), "a file in a folder that can be written")
+    except OSError as error:
+        raise UsageError(f"output: cannot write {path}: {error.strerror or error}") from error
 
 
 def _save(result: Evaluation, path: Path) -> None:

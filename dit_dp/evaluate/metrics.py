@@ -3,6 +3,7 @@
 Shapes: N generated, M real, F features.
 """
 
+import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +137,7 @@ def _metric(module: str, name: str, **options: Any) -> "Metric":
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # KID keeps all features, as is said there
-            metrics = __import__(f"torchmetrics.image.{module}", fromlist=[name])
+            metrics = importlib.import_module(f"torchmetrics.image.{module}")
             metric: Metric = getattr(metrics, name)(**options)
     except ImportError as error:
         cause = " ".join(str(error).split())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dit_dp.sampling.config import GUIDE_CHANNELS, SAMPLERS, VARIANCES, SamplingConfig
 
 if TYPE_CHECKING:
-    from dit_dp.sampling.images import grid, save_grid, save_npz, to_uint8
+    from dit_dp.sampling.images import grid, save_grid, save_images, save_npz, to_uint8
     from dit_dp.sampling.sampler import labels_for, sample_from
     from dit_dp.sampling.weights import evaluating
 
@@ -19,6 +19,7 @@ _LAZY = {
     "labels_for": "dit_dp.sampling.sampler",
     "sample_from": "dit_dp.sampling.sampler",
     "save_grid": "dit_dp.sampling.images",
+    "save_images": "dit_dp.sampling.images",
     "save_npz": "dit_dp.sampling.images",
     "to_uint8": "dit_dp.sampling.images",
 }
@@ -33,6 +34,7 @@ __all__ = [
     "labels_for",
     "sample_from",
     "save_grid",
+    "save_images",
     "save_npz",
     "to_uint8",
 ]
