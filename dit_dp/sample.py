@@ -55,8 +55,8 @@ class SampleArgs:
     """Write each sample as images/LABEL/NUMBER.png as well."""
     frontend: str | None = None
     """Weights of the front-end that decodes latents: a local folder, or a hub name."""
-    ema: bool = True
-    """Sample from the averaged weights."""
+    ema: bool | None = None
+    """Sample from the averaged weights; default: where the checkpoint has some."""
     device: str = "cpu"
     """Where the model runs: cpu, cuda, cuda:1."""
 
@@ -77,7 +77,7 @@ class Trained:
     Attributes:
         spec: The workload.
         model: With the weights of the last step.
-        averages: By parameter name; none: the model's own weights are sampled from.
+        averages: By parameter name; empty: there are none.
     """
 
     spec: WorkloadSpec
@@ -113,8 +113,9 @@ def run_sample(args: SampleArgs, load: Load, frontend: Frontend | None = None) -
     config = _config(args, spec)
     decode = _decoder(args, spec, frontend)
     labels = _labels(args, spec)
+    averages = _averages(args, trained)
     model = trained.model.to(_device(args.device))
-    with evaluating(model, trained.averages if args.ema else None):
+    with evaluating(model, averages):
         samples = sample_from(
             model,
             Objective(spec.objective),
@@ -127,6 +128,13 @@ def run_sample(args: SampleArgs, load: Load, frontend: Frontend | None = None) -
             decode=decode,
         )
     return _write(args, samples, labels)
+
+
+def _averages(args: SampleArgs, trained: Trained) -> "Mapping[str, Tensor] | None":
+    """Return the averages to sample from; `None`: the weights of the last step."""
+    if args.ema and not trained.averages:
+        raise UsageError.for_value("ema", True, "--no-ema", f"{args.checkpoint} has no averages")
+    return None if args.ema is False else trained.averages
 
 
 def _config(args: SampleArgs, spec: WorkloadSpec) -> SamplingConfig:

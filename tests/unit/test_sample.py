@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ def test_averages_guidance_and_seed_make_a_difference(tmp_path: Path) -> None:
         seen.append(arrays(tmp_path)[0].tobytes())
     assert seen[0] == seen[-1]
     assert len(set(seen[:-1])) == 5
+
+
+def test_averages_that_are_not_there_are_not_sampled_from(tmp_path: Path) -> None:
+    without = dataclasses.replace(trained(PIXELS), averages={})
+    args = SampleArgs(checkpoint=tmp_path, output=tmp_path / "out", num_samples=2, steps=2)
+    with pytest.raises(UsageError, match="no averages"):
+        run_sample(dataclasses.replace(args, ema=True), lambda _: without)
+    written = [
+        run_sample(dataclasses.replace(args, ema=ema), lambda _, which=which: which)[0].read_bytes()
+        for ema, which in ((None, without), (False, trained(PIXELS)), (None, trained(PIXELS)))
+    ]
+    assert written[0] == written[1] != written[2]
 
 
 def test_latents_are_decoded_by_a_front_end(tmp_path: Path) -> None:
