@@ -1,4 +1,6 @@
+import math
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -58,8 +60,10 @@ def test_private_statistics_cost_one_gaussian_mechanism() -> None:
     found = fit_statistics(random_latents(8), private=private)
     wanted = Mechanism(noise_multiplier=4.0, sample_rate=1.0, num_steps=1)
     assert found.mechanism == private.mechanism == wanted
-    # Balle and Wang (2018), Theorem 8, for sensitivity 1 and standard deviation 4 at delta 1e-5.
-    assert epsilon(wanted, 1e-5) == pytest.approx(0.9206, abs=2e-3)
+    # Balle and Wang (arXiv 1805.06530), Theorem 8: the delta of a Gaussian mechanism of sigma 4 at this epsilon.
+    spent, normal = epsilon(wanted, 1e-5), NormalDist()
+    delta = normal.cdf(1 / 8 - 4 * spent) - math.exp(spent) * normal.cdf(-1 / 8 - 4 * spent)
+    assert delta == pytest.approx(1e-5, rel=0.01)
 
 
 def test_private_statistics_come_close_with_many_images() -> None:
