@@ -11,11 +11,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"dit_dp.errors"},
-    {"dit_dp.validate"},
+    {"dit_dp.validate", "dit_dp.console"},
     {"dit_dp.clipping", "dit_dp.models", "dit_dp.data", "dit_dp.privacy"},
     {"dit_dp.objectives"},
     {"dit_dp.training"},
     {"dit_dp.workloads"},
+    {"dit_dp.budget"},
+    {"dit_dp.cli"},
     {"memory_test.core"},
     {"memory_test.sweep", "memory_test.report", "memory_test.inspection"},
     {"memory_test.compare"},
@@ -29,6 +31,8 @@ LAYERS = [
 
 WITHOUT_TORCH = [
     "dit_dp.errors",
+    "dit_dp.budget",
+    "dit_dp.cli",
     "dit_dp.clipping",
     "dit_dp.models",
     "dit_dp.privacy",
