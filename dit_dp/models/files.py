@@ -150,7 +150,7 @@ def _read_restricted(file: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # noqa: BLE001 - a damaged file can make the reader fail in any way
+    except Exception as error:  # a damaged file can make the reader fail in any way
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
             f"weights: {file} is damaged or holds more than tensors, and nothing else is read: {reason}"

@@ -41,7 +41,7 @@ class PrivacyFacts:
         noise_multiplier: sigma; 0: no privacy.
         sample_rate: q, expected share of the units in a step.
         delta: Of the guarantee; `None`: none is stated.
-        num_charged_steps: Steps that the ledger has charged: with noise at least as many as were made.
+        num_charged_steps: Steps that the ledger has charged: at least as many as were made.
         ledger_head: Hash of the ledger's last entry; `None`: there is no ledger.
 
     Raises:
@@ -116,7 +116,7 @@ class CheckpointState:
             object.__setattr__(self, name, _plain(name, getattr(self, name)))
         if self.world_size is not None:
             _count("world_size", self.world_size, minimum=1)
-        if self.privacy.noise_multiplier > 0 and self.privacy.num_charged_steps < self.step:
+        if self.privacy.ledger_head is not None and self.privacy.num_charged_steps < self.step:
             accepted = f"at least {self.step}, the steps that were made"
             raise UsageError.for_value("num_charged_steps", self.privacy.num_charged_steps, accepted)
 
@@ -200,7 +200,7 @@ class Manifest:
             raise CheckpointError(f"checkpoint: {where} is of {newer}")
         sealed = body.pop("sha256", None)
         if sealed != seal(body) or _text({**body, "sha256": sealed}).encode() != content:
-            raise CheckpointError(f"checkpoint: {where} was changed after it was written; take another checkpoint")
+            raise CheckpointError(f"checkpoint: {where} was changed since it was written; take another")
         del body["format"], body["version"]
         return _validated(cls, body, where)
 

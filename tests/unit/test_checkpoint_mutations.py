@@ -99,7 +99,9 @@ def noise_for_a_file(path: Path, rng: random.Random) -> None:
 
 
 def extra_file(path: Path, rng: random.Random) -> None:
-    (path / rng.choice(["hooks.py", "data.pkl", ".hidden", "step.safetensors", "new\nline"])).write_bytes(a_pickle(path))
+    (path / rng.choice(["hooks.py", "data.pkl", ".hidden", "step.safetensors", "new\nline"])).write_bytes(
+        a_pickle(path)
+    )
 
 
 def link_out(path: Path, rng: random.Random) -> None:
@@ -324,7 +326,7 @@ def test_all_mutated_checkpoints_are_refused(whole: Path, again: Run, tmp_path: 
         refuse(seed, whole, again, tmp_path / str(seed))
 
 
-def test_a_forger_who_keeps_to_the_rules_changes_the_run_not_the_machine(whole: Path, again: Run, tmp_path: Path) -> None:
+def test_a_forger_who_keeps_to_the_rules_is_of_another_run(whole: Path, again: Run, tmp_path: Path) -> None:
     """A seal is no signature: other numbers under a new seal are another run's, and refused as that."""
     shutil.copytree(whole, path := tmp_path / whole.name)
     reseal(path, lambda body: body["state"]["privacy"].update(noise_multiplier=1e300))
