@@ -118,8 +118,8 @@ class TensorFile(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._file = safe_open(path, framework="pt", device="cpu")
-            self._names: list[str] = sorted(self._file.keys())
+            opened: Any = safe_open(path, framework="pt", device="cpu")  # without types
+            self._file, self._names = opened, sorted(opened.keys())
         except (OSError, SafetensorError) as error:
             raise self._error(error) from error
 

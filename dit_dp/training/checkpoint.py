@@ -266,7 +266,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = _whole(tensors[name]).cpu().contiguous()
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy())
+        total.update(tensor.flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -320,8 +320,8 @@ def _check_optimizer(checkpoint: Checkpoint, runner: PhaseRunner) -> dict[str, d
         shape = () if kind == "step" else masters[name].shape
         _check_like(checkpoint, OPTIMIZER, key, value, shape, masters[name].dtype if shape else torch.float32)
         by_name.setdefault(name, {})[kind] = value
-    for kind, (needed, allowed) in _KINDS.items():
-        if isinstance(runner.optimizer, kind):
+    for optimizer, (needed, allowed) in _KINDS.items():
+        if isinstance(runner.optimizer, optimizer):
             for name, state in by_name.items():
                 if not needed <= state.keys() <= needed | allowed:
                     what = f"the state of {name} is {listing(sorted(state))!a}, not {listing(sorted(needed))}"
@@ -359,8 +359,9 @@ def _placed(tensor: Tensor, like: Tensor) -> Tensor:
     copied = tensor.to(like.device, copy=True)
     if not hasattr(like, "device_mesh"):
         return copied
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(like, DTensor)
     placed: Tensor = distribute_tensor(copied, like.device_mesh, like.placements, src_data_rank=None)
     return placed
 

@@ -228,12 +228,18 @@ def _validated(cls: type[Manifest], body: dict[str, Any], where: str) -> Manifes
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(body), strict=True)
+        manifest: Manifest = TypeAdapter(cls).validate_json(json.dumps(body), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part)[:60] for part in first["loc"])
         reason = " ".join(f"{place} {first['msg']}".split())[:300]
         raise CheckpointError(f"checkpoint: {where} does not follow version {FORMAT_VERSION}: {reason}") from error
+    for kind, given in ((CheckpointState, body["state"]), (PrivacyFacts, body["state"]["privacy"])):
+        absent = [field.name for field in dataclasses.fields(kind) if field.name not in given]
+        if absent:  # what has a default in code has none in a file
+            reason = f"state has no {absent[0]}"
+            raise CheckpointError(f"checkpoint: {where} does not follow version {FORMAT_VERSION}: {reason}")
+    return manifest
 
 
 def _text(value: object) -> str:

@@ -241,7 +241,7 @@ def forged_header(path: Path, rng: random.Random) -> None:
         content[:8] = rng.choice([2**63, 2**32, len(content), 0]).to_bytes(8, "little")
     elif kind == "offsets":
         place = content.index(b'"data_offsets":[') + 16
-        content[place : place + 1] = b"9"
+        content[place : place + 1] = b"8" if content[place : place + 1] == b"9" else b"9"
     elif kind == "text":
         content[8:12] = b"\xff\xfe[["
     else:
