@@ -183,6 +183,19 @@ class PhaseRunner:
             accepted = "one parameter group with the parameters it was given"
             raise UsageError.for_value("make_optimizer", f"an optimizer of {len(groups)} groups", accepted)
 
+    # --- what a checkpoint asks -----------------------------------------------------------------------------
+
+    @property
+    def phase_index(self) -> int:
+        """The number, from 0, of the phase that the step belongs to."""
+        return self._index
+
+    @property
+    def trainable_names(self) -> list[str]:
+        """Names of the parameters that train in any phase, in the model's order; all others stay as they are."""
+        chosen = {name for names in self._trainable for name in names}
+        return [name for name, _ in self.model.named_parameters() if name in chosen]
+
     # --- what is logged -------------------------------------------------------------------------------------
 
     @property
