@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -15,8 +14,7 @@ OF_FEATURES = ("fid", "kid", "precision_recall")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArgs:
-    """Compare samples with real images: FID, KID, precision and recall, and the accuracy that a classifier trained on
-    the samples has on real test data.
+    """Compare samples with real images: FID, KID, precision, recall, and what a classifier learns from samples.
 
     Images come from an npz (arr_0 uint8 NHWC, arr_1 labels), an image folder, or the bundled mnist and digits; with
     :train or :test after the name, from one side of the split by each image's hash.
@@ -129,9 +127,8 @@ class Evaluation:
         """Return what was found, a line each."""
         lines = [f"samples: {self.num_samples} of {self.samples}, {self.channels} x {self.image_size} px"]
         if self.num_features is not None:
-            lines.append(
-                f"real images: {self.num_reference} of {self.reference}; {self.num_features} features by {self.features}"
-            )
+            features = f"{self.num_features} features by {self.features}"
+            lines.append(f"real images: {self.num_reference} of {self.reference}; {features}")
         shown = {
             "FID": self.fid,
             "KID": self.kid,

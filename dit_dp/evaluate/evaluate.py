@@ -92,9 +92,7 @@ def _downstream(args: EvaluateArgs, samples: Pictures, recipe: Recipe | None) ->
 def _like(name: str, source: str | None, samples: Pictures, args: EvaluateArgs) -> Pictures:
     """Return real images, brought to the samples' size and channels."""
     assert source is not None
-    return load_pictures(
-        name, source, size=samples.size, channels=samples.channels, test_fraction=args.test_fraction
-    )
+    return load_pictures(name, source, size=samples.size, channels=samples.channels, test_fraction=args.test_fraction)
 
 
 def _check_writable(path: Path) -> None:

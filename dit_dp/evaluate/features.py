@@ -61,7 +61,9 @@ def save_features(model: SmallClassifier, path: Path | str) -> None:
 
 
 @torch.no_grad()
-def extract(extractor: Extractor, pixels: Tensor, *, batch_size: int = 64, device: str | torch.device = "cpu") -> Tensor:
+def extract(
+    extractor: Extractor, pixels: Tensor, *, batch_size: int = 64, device: str | torch.device = "cpu"
+) -> Tensor:
     """Return the features of images, (N, F) float64 on the CPU.
 
     Args:

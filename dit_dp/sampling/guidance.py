@@ -52,11 +52,8 @@ class Denoiser:
             t: One time for all of them, ().
             condition: Of the samples.
         """
-        if self.cfg_scale == 1:
-            output = self._run(x, t, condition)
-        else:
-            output = self._guided(x, t, condition)
-        output = output.to(x.dtype)
+        ask = self._run if self.cfg_scale == 1 else self._guided
+        output = ask(x, t, condition).to(x.dtype)
         channels = x.shape[1]
         return output[:, :channels], output[:, channels:] if self.objective.learn_sigma else None
 

@@ -163,12 +163,14 @@ def _count(objective: Objective, labels: Tensor | None, context: Tensor | None, 
     """Return N, or raise `UsageError` unless the samples have the condition their model wants."""
     size = objective.config.set_size
     if size is None:
-        if labels is None or labels.dim() != 1 or context is not None:
+        if labels is None or labels.dim() != 1 or not len(labels) or context is not None:
             got = "context" if context is not None else None if labels is None else tuple(labels.shape)
-            raise UsageError.for_value("labels", got, "a label for each sample, shape (N,)", "the model is of images")
+            raise UsageError.for_value(
+                "labels", got, "a label for each sample, shape (N,), N >= 1", "the model is of images"
+            )
         return len(labels)
     wanted = (size - 1, *shape)
-    if labels is not None or context is None or tuple(context.shape[1:]) != wanted:
+    if labels is not None or context is None or tuple(context.shape[1:]) != wanted or not len(context):
         got = "labels" if labels is not None else None if context is None else tuple(context.shape)
         accepted = f"given images of each sample's set, shape {('N', *wanted)}".replace("'", "")
         raise UsageError.for_value("context", got, accepted, "the model is of sets")

@@ -16,7 +16,7 @@ from torch import Tensor
 from dit_dp.objectives import ObjectiveConfig
 from dit_dp.objectives.paths import Path
 from dit_dp.objectives.times import shifted
-from dit_dp.sampling.config import SamplingConfig, VarianceName
+from dit_dp.sampling.config import VarianceName
 
 FIRST_TIME = 0.999
 """Where a flow starts whose model predicts noise: at t = 1 the noise says nothing of the data."""
@@ -56,7 +56,9 @@ def level(path: Path, t: Tensor) -> Level:
     return Level(path.signal(t.view(1), like).item(), path.noise(t.view(1), like).item())
 
 
-def ddim_step(x0: Tensor, eps: Tensor, here: Level, there: Level, *, eta: float = 0.0, z: Tensor | None = None) -> Tensor:
+def ddim_step(
+    x0: Tensor, eps: Tensor, here: Level, there: Level, *, eta: float = 0.0, z: Tensor | None = None
+) -> Tensor:
     """Return the sample at the next level.
 
     Args:

@@ -41,7 +41,9 @@ def _check_fields(name: str, plain: object, cls: type) -> None:
     got = set(plain) if isinstance(plain, Mapping) else set()
     if got != wanted:
         differing = ", ".join(sorted(map(str, got ^ wanted)))
-        raise UsageError(f"{name}: these fields are missing or unknown: {differing}; it is of another version of dit-dp")
+        raise UsageError(
+            f"{name}: these fields are missing or unknown: {differing}; it is of another version of dit-dp"
+        )
 
 
 def _tuples(value: Any) -> Any:

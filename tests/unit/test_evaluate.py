@@ -53,10 +53,14 @@ def of_moments(count: int, mean: Tensor, covariance: Tensor, seed: int = 0) -> T
 def test_fid_of_two_gaussians() -> None:
     """With diagonal covariances the trace is a sum of squared differences of deviations; turning both keeps it."""
     mean, one, other = torch.tensor([1.0, -2.0, 0.5], dtype=DOUBLE), [1.0, 4.0, 0.25], [2.0, 1.0, 0.25]
-    expected = mean.square().sum().item() + sum((math.sqrt(a) - math.sqrt(b)) ** 2 for a, b in zip(one, other, strict=True))
+    expected = mean.square().sum().item() + sum(
+        (math.sqrt(a) - math.sqrt(b)) ** 2 for a, b in zip(one, other, strict=True)
+    )
     turn = torch.linalg.qr(normal(3, 3, seed=2)).Q
     generated = of_moments(50, turn @ mean, turn @ torch.diag(torch.tensor(one, dtype=DOUBLE)) @ turn.T)
-    real = of_moments(80, torch.zeros(3, dtype=DOUBLE), turn @ torch.diag(torch.tensor(other, dtype=DOUBLE)) @ turn.T, 1)
+    real = of_moments(
+        80, torch.zeros(3, dtype=DOUBLE), turn @ torch.diag(torch.tensor(other, dtype=DOUBLE)) @ turn.T, 1
+    )
     assert frechet_distance(generated, real) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(real, generated) == pytest.approx(expected, rel=1e-9)
 

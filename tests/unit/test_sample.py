@@ -17,10 +17,10 @@ from dit_dp.workloads import WorkloadConfig, WorkloadSpec, build_model
 
 SMALL: dict[str, Any] = {"image_size": 8, "hidden_size": 16, "depth": 1, "num_heads": 2}
 PIXELS = WorkloadConfig(
-    workload="dit", in_channels=3, num_classes=5, learn_sigma=False, objective=("num_steps=10",), **SMALL
+    workload="dit", in_channels=3, num_classes=5, learn_sigma=False, objective=("num_steps=100",), **SMALL
 )
 LATENTS = WorkloadConfig(workload="dit", in_channels=4, num_classes=5, **{**SMALL, "image_size": 64})
-SETS = WorkloadConfig(workload="set", model_options=("sample_size=3",), objective=("num_steps=10",), **SMALL)
+SETS = WorkloadConfig(workload="set", model_options=("sample_size=3",), objective=("num_steps=100",), **SMALL)
 PANDA = WorkloadConfig(workload="panda", image_size=8, hidden_size=8, depth=1, num_heads=2)
 
 
@@ -107,7 +107,7 @@ def test_sets_are_given_images(tmp_path: Path) -> None:
     ("config", "options", "words"),
     [
         (PIXELS, {"classes": (5,)}, "labels from 0 to 4"),
-        (PIXELS, {"steps": 11}, "at most 10"),
+        (PIXELS, {"steps": 101}, "at most 100"),
         (PIXELS, {"sampler": "euler"}, "ancestral, ddim"),
         (PIXELS, {"eta": 0.5}, "only sampler=ddim"),
         (PIXELS, {"context": "digits"}, "not of sets"),
@@ -162,7 +162,9 @@ def test_flags_in_both_spellings(dash: str) -> None:
     )
 
 
-@pytest.mark.parametrize("options", [{"num_samples": 0}, {"batch_size": 0}, {"seed": -1}, {"guide_channels": "4"}, {"sampler": "x"}])
+@pytest.mark.parametrize(
+    "options", [{"num_samples": 0}, {"batch_size": 0}, {"seed": -1}, {"guide_channels": "4"}, {"sampler": "x"}]
+)
 def test_values_that_are_not_accepted(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         SampleArgs(checkpoint=Path("a"), output=Path("b"), **options)
