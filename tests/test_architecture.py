@@ -33,6 +33,7 @@ WITHOUT_TORCH = [
     "dit_dp.models",
     "dit_dp.privacy",
     "dit_dp.objectives.config",
+    "dit_dp.training.checkpoint_state",
     "dit_dp.training.schedule",
     "dit_dp.workloads",
     "memory_test.cli",
