@@ -17,6 +17,7 @@ from tests import workload_models
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
+    "fused": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1, fused=True),
     "sgd": partial(torch.optim.SGD, lr=1e-2, weight_decay=0.1, momentum=0.9),
     "plain": partial(torch.optim.SGD, lr=1e-2),
 }

@@ -49,6 +49,7 @@ WITHOUT_TORCH = [
     "dit_dp.train",
     "dit_dp.trainer.config",
     "dit_dp.trainer.recipes",
+    "dit_dp.training.checkpoint_state",
     "dit_dp.training.schedule",
     "dit_dp.workloads",
     "memory_test.cli",

@@ -162,7 +162,7 @@ def load_trained(model: nn.Module, checkpoint: Checkpoint, *, averaged: bool = T
 
     Args:
         model: Of the checkpoint's workload, not sharded; with adapters if the schedule has them, and with the base
-            weights if the checkpoint is `trainable_only`.
+            weights, in the dtype of training, if the checkpoint is `trainable_only`.
         checkpoint: From `load`.
         averaged: As for `trained_weights`.
 

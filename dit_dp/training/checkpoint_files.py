@@ -244,8 +244,9 @@ def check_keep(keep: int) -> None:
 
 def _whole(folder: Path, level: int = logging.WARNING) -> Iterator[Path]:
     """Yield whole checkpoints, the newest first; log the others."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    for path in sorted((item for item in found if _NAME.fullmatch(item.name)), key=_step, reverse=True):
+    with _reading(folder):
+        found = [item for item in folder.iterdir() if _NAME.fullmatch(item.name)] if folder.is_dir() else []
+    for path in sorted(found, key=_step, reverse=True):
         try:
             inspect(path)
         except CheckpointError as error:

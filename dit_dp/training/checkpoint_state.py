@@ -193,10 +193,11 @@ class Manifest:
             CheckpointError: It is damaged, of a newer version, or something else.
         """
         body = _read(content, where)
-        if body.get("format") != FORMAT or type(body.get("version")) is not int:
+        version = body.get("version")
+        if body.get("format") != FORMAT or type(version) is not int or not 0 < version < 2**31:
             raise CheckpointError(f"checkpoint: {where} is not the state of a dit-dp checkpoint")
-        if body["version"] > FORMAT_VERSION:
-            newer = f"version {body['version']}; accepted: up to {FORMAT_VERSION}; install a newer dit-dp"
+        if version > FORMAT_VERSION:
+            newer = f"version {version}; accepted: up to {FORMAT_VERSION}; install a newer dit-dp"
             raise CheckpointError(f"checkpoint: {where} is of {newer}")
         sealed = body.pop("sha256", None)
         if sealed != seal(body) or _text({**body, "sha256": sealed}).encode() != content:

@@ -43,7 +43,7 @@ class PhaseRunner:
             values = runner.log_values()
 
     To resume, build it with the number of the last finished step, load the optimizer's state and `load_averages`, and
-    go on with `apply(step + 1)`, which crosses a border if one is there.
+    go on with `apply(step + 1)`, which crosses a border if one is there. `dit_dp.training.checkpoint.restore` does so.
 
     Args:
         model: Has `parameter_groups`, or is `DistributedDataParallel` around one that has; given low-rank adapters if

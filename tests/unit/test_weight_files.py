@@ -152,3 +152,11 @@ def test_half_precision_models_take_full_weights() -> None:
     load_into(model, {"weight": torch.full((2, 2), 1.001), "bias": torch.zeros(2)})
     assert model.weight.dtype == torch.bfloat16
     assert torch.equal(model.weight, torch.ones(2, 2).bfloat16())
+
+
+def test_sharded_models_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    model.weight.device_mesh = "a mesh"  # type: ignore[assignment]
+    with pytest.raises(UsageError, match=r"^weights: parameter weight is sharded already; load weights before fully_"):
+        load_into(model, {"weight": torch.ones(2, 2), "bias": torch.ones(2)})
+    assert not torch.equal(model.bias, torch.ones(2))
