@@ -11,14 +11,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"dit_dp.errors"},
-    {"dit_dp.validate"},
+    {"dit_dp.validate", "dit_dp.console"},
     {"dit_dp.clipping", "dit_dp.models", "dit_dp.data", "dit_dp.privacy"},
     {"dit_dp.objectives", "dit_dp.frontends"},
     {"dit_dp.training"},
     {"dit_dp.workloads"},
     {"dit_dp.sampling"},
     {"dit_dp.evaluate"},
-    {"dit_dp.sample"},
+    {"dit_dp.trainer"},
+    {"dit_dp.sample", "dit_dp.budget", "dit_dp.train"},
+    {"dit_dp.cli"},
     {"memory_test.core"},
     {"memory_test.sweep", "memory_test.report", "memory_test.inspection"},
     {"memory_test.compare"},
@@ -32,6 +34,8 @@ LAYERS = [
 
 WITHOUT_TORCH = [
     "dit_dp.errors",
+    "dit_dp.budget",
+    "dit_dp.cli",
     "dit_dp.clipping",
     "dit_dp.models",
     "dit_dp.evaluate",
@@ -42,6 +46,9 @@ WITHOUT_TORCH = [
     "dit_dp.objectives.config",
     "dit_dp.sample",
     "dit_dp.sampling",
+    "dit_dp.train",
+    "dit_dp.trainer.config",
+    "dit_dp.trainer.recipes",
     "dit_dp.training.schedule",
     "dit_dp.workloads",
     "memory_test.cli",

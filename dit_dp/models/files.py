@@ -118,8 +118,8 @@ class TensorFile(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._file = safe_open(path, framework="pt", device="cpu")
-            self._names: list[str] = sorted(self._file.keys())
+            opened: Any = safe_open(path, framework="pt", device="cpu")  # without types
+            self._file, self._names = opened, sorted(opened.keys())
         except (OSError, SafetensorError) as error:
             raise self._error(error) from error
 
@@ -150,7 +150,7 @@ def _read_restricted(file: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # noqa: BLE001 - a damaged file can make the reader fail in any way
+    except Exception as error:  # a damaged file can make the reader fail in any way
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
             f"weights: {file} is damaged or holds more than tensors, and nothing else is read: {reason}"

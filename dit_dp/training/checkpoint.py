@@ -266,7 +266,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = _whole(tensors[name]).cpu().contiguous()
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy())
+        total.update(tensor.flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -316,15 +316,15 @@ def _check_optimizer(checkpoint: Checkpoint, runner: PhaseRunner) -> dict[str, d
     for key, value in checkpoint.optimizer.items():
         kind, _, name = key.partition("/")
         if name not in masters:
-            _refuse(checkpoint, OPTIMIZER, f"{ascii(key)} is of no parameter that trains in this phase")
+            _refuse(checkpoint, OPTIMIZER, f"{key!a} is of no parameter that trains in this phase")
         shape = () if kind == "step" else masters[name].shape
         _check_like(checkpoint, OPTIMIZER, key, value, shape, masters[name].dtype if shape else torch.float32)
         by_name.setdefault(name, {})[kind] = value
-    for kind, (needed, allowed) in _KINDS.items():
-        if isinstance(runner.optimizer, kind):
+    for optimizer, (needed, allowed) in _KINDS.items():
+        if isinstance(runner.optimizer, optimizer):
             for name, state in by_name.items():
                 if not needed <= state.keys() <= needed | allowed:
-                    what = f"the state of {name} is {ascii(listing(sorted(state)))}, not {listing(sorted(needed))}"
+                    what = f"the state of {name} is {listing(sorted(state))!a}, not {listing(sorted(needed))}"
                     _refuse(checkpoint, OPTIMIZER, what)
     return by_name
 
@@ -359,8 +359,9 @@ def _placed(tensor: Tensor, like: Tensor) -> Tensor:
     copied = tensor.to(like.device, copy=True)
     if not hasattr(like, "device_mesh"):
         return copied
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(like, DTensor)
     placed: Tensor = distribute_tensor(copied, like.device_mesh, like.placements, src_data_rank=None)
     return placed
 
@@ -369,7 +370,7 @@ def _check_names(checkpoint: Checkpoint, file: str, found: Iterable[str], wanted
     found, wanted = set(found), set(wanted)
     if found != wanted:
         problems = {"missing": sorted(wanted - found), "unexpected": sorted(found - wanted)}
-        texts = [f"{len(names)} {what} ({ascii(listing(names))})" for what, names in problems.items() if names]
+        texts = [f"{len(names)} {what} ({listing(names)!a})" for what, names in problems.items() if names]
         _refuse(checkpoint, file, "; ".join(texts))
 
 
@@ -378,7 +379,7 @@ def _check_like(
 ) -> None:
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
         wanted = f"{tuple(shape)} of {dtype}"
-        _refuse(checkpoint, file, f"{ascii(name)} is {tuple(tensor.shape)} of {tensor.dtype} where {wanted} belongs")
+        _refuse(checkpoint, file, f"{name!a} is {tuple(tensor.shape)} of {tensor.dtype} where {wanted} belongs")
 
 
 def _refuse(checkpoint: Checkpoint, file: str, reason: str) -> None:

@@ -19,13 +19,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_dp import validate
-from dit_dp.errors import CheckpointError, UsageError
+from dit_dp.errors import CheckpointError
 from dit_dp.models.files import TensorFile, listing
 from dit_dp.training.checkpoint_state import (
     EMA,
@@ -33,7 +32,6 @@ from dit_dp.training.checkpoint_state import (
     MODEL,
     OPTIMIZER,
     STATE,
-    TENSOR_FILES,
     CheckpointState,
     FileFacts,
     Manifest,
@@ -110,7 +108,7 @@ class Draft:
             _sync(file)
             _sync(self._hidden)
             self._clear_name()
-            os.replace(self._hidden, self.path)  # noqa: PTH105
+            os.replace(self._hidden, self.path)
             _sync(self._folder)
         return self.path
 
@@ -131,7 +129,7 @@ class Draft:
         except CheckpointError:
             aside = self._folder / f".{self.path.name}.old"
             _remove(aside)
-            os.replace(self.path, aside)  # noqa: PTH105
+            os.replace(self.path, aside)
         else:
             raise CheckpointError(f"checkpoint: {self.path} is there already, of another run; take another folder")
 
@@ -161,10 +159,12 @@ def inspect(path: Path) -> Manifest:
                 raise CheckpointError(f"checkpoint: {path} is not whole: {name} is missing or no plain file")
             size = (path / name).stat().st_size
             if size != facts.num_bytes:
-                raise CheckpointError(f"checkpoint: {path / name} has {size} bytes where {facts.num_bytes} were written")
+                raise CheckpointError(
+                    f"checkpoint: {path / name} has {size} bytes where {facts.num_bytes} were written"
+                )
         extra = sorted({item.name for item in path.iterdir()} - {STATE, *manifest.files})
     if extra:
-        raise CheckpointError(f"checkpoint: {path} holds files that are not of it: {ascii(listing(extra))}; move them away")
+        raise CheckpointError(f"checkpoint: {path} holds more than its files: {listing(extra)!a}; move that away")
     match = _NAME.fullmatch(path.name)
     if match and int(match[1]) != manifest.state.step:
         raise CheckpointError(f"checkpoint: {path} is of step {manifest.state.step}; give it its name back")
@@ -186,7 +186,9 @@ def load(path: Path | str) -> Checkpoint:
         with _reading(folder):
             found = _hash(folder / name)
         if found != facts.sha256:
-            raise CheckpointError(f"checkpoint: {folder / name} was changed after it was written; take another checkpoint")
+            raise CheckpointError(
+                f"checkpoint: {folder / name} was changed after it was written; take another checkpoint"
+            )
     opened = {name: TensorFile(folder / name) for name in manifest.files}
     return Checkpoint(
         path=folder,
@@ -226,7 +228,7 @@ def prune(folder: Path, keep: int) -> None:
         hidden = folder / f".{path.name}.old"  # or a stop half way would leave what looks like a damaged one
         try:
             _remove(hidden)
-            os.replace(path, hidden)  # noqa: PTH105
+            os.replace(path, hidden)
         except OSError as error:
             log.warning("checkpoint: cannot delete %s: %s", path, error.strerror or error)
         else:

@@ -41,7 +41,7 @@ class PrivacyFacts:
         noise_multiplier: sigma; 0: no privacy.
         sample_rate: q, expected share of the units in a step.
         delta: Of the guarantee; `None`: none is stated.
-        num_charged_steps: Steps that the ledger has charged: with noise at least as many as were made.
+        num_charged_steps: Steps that the ledger has charged: at least as many as were made.
         ledger_head: Hash of the ledger's last entry; `None`: there is no ledger.
 
     Raises:
@@ -116,7 +116,7 @@ class CheckpointState:
             object.__setattr__(self, name, _plain(name, getattr(self, name)))
         if self.world_size is not None:
             _count("world_size", self.world_size, minimum=1)
-        if self.privacy.noise_multiplier > 0 and self.privacy.num_charged_steps < self.step:
+        if self.privacy.ledger_head is not None and self.privacy.num_charged_steps < self.step:
             accepted = f"at least {self.step}, the steps that were made"
             raise UsageError.for_value("num_charged_steps", self.privacy.num_charged_steps, accepted)
 
@@ -200,7 +200,7 @@ class Manifest:
             raise CheckpointError(f"checkpoint: {where} is of {newer}")
         sealed = body.pop("sha256", None)
         if sealed != seal(body) or _text({**body, "sha256": sealed}).encode() != content:
-            raise CheckpointError(f"checkpoint: {where} was changed after it was written; take another checkpoint")
+            raise CheckpointError(f"checkpoint: {where} was changed since it was written; take another")
         del body["format"], body["version"]
         return _validated(cls, body, where)
 
@@ -228,12 +228,18 @@ def _validated(cls: type[Manifest], body: dict[str, Any], where: str) -> Manifes
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(body), strict=True)
+        manifest: Manifest = TypeAdapter(cls).validate_json(json.dumps(body), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part)[:60] for part in first["loc"])
         reason = " ".join(f"{place} {first['msg']}".split())[:300]
         raise CheckpointError(f"checkpoint: {where} does not follow version {FORMAT_VERSION}: {reason}") from error
+    for kind, given in ((CheckpointState, body["state"]), (PrivacyFacts, body["state"]["privacy"])):
+        absent = [field.name for field in dataclasses.fields(kind) if field.name not in given]
+        if absent:  # what has a default in code has none in a file
+            reason = f"state has no {absent[0]}"
+            raise CheckpointError(f"checkpoint: {where} does not follow version {FORMAT_VERSION}: {reason}")
+    return manifest
 
 
 def _text(value: object) -> str:

@@ -1,7 +1,6 @@
 import ast
 import errno
 import json
-import logging
 import os
 import re
 import resource
@@ -9,7 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -63,11 +62,14 @@ def test_a_resumed_run_is_the_run_that_went_on(optimizer: str, trainable_only: b
 
 
 @pytest.mark.parametrize(
-    ("name", "schedule", "at"),
-    [("set film", "encoder_then_full(2)", 1), ("set film", "encoder_then_full(2)", 2)]
-    + [("set film", "encoder_then_full(2)", 3), *(("dit", ALL_HEAD_ALL, at) for at in (2, 3, 4, 5))],
+    ("name", "schedule", "at", "trainable_only"),
+    [
+        ("set film", "encoder_then_full(2)", 1, True),
+        ("set film", "encoder_then_full(2)", 2, False),
+        ("set film", "encoder_then_full(2)", 3, True),
+        *(("dit", ALL_HEAD_ALL, at, at % 2 == 0) for at in (2, 3, 4, 5)),
+    ],
 )
-@pytest.mark.parametrize("trainable_only", [False, True])
 def test_a_run_resumes_before_at_and_after_borders(
     name: str, schedule: object, at: int, trainable_only: bool, tmp_path: Path
 ) -> None:
@@ -105,7 +107,7 @@ def test_adapters_are_kept_alone_and_belong_to_their_base(tmp_path: Path) -> Non
     again = Run(schedule="lora(2)", step=2)
     restore(checkpoint, again.runner, again.state(0))
     assert_same(again.everything(), run.everything())
-    with pytest.raises(CheckpointError, match="8 unexpected .*give the model its adapters first"):
+    with pytest.raises(CheckpointError, match=r"8 unexpected .*give the model its adapters first"):
         load_trained(Run(schedule="full").model, checkpoint)
 
 
@@ -136,7 +138,7 @@ def test_trained_weights_go_over_the_base_they_were_trained_on(tmp_path: Path) -
         assert all(torch.equal(p, wanted[name]) for name, p in fresh.named_parameters())
     with torch.no_grad():
         fresh.blocks[0].mlp.fc1.weight[0, 0] += 1
-    with pytest.raises(CheckpointError, match=r"was trained on other base weights than the model has; load those first$"):
+    with pytest.raises(CheckpointError, match=r"was trained on other base weights than the model has"):
         load_trained(fresh, checkpoint)
     whole = load(save(tmp_path / "whole", run.runner, run.state(2)))
     load_trained(fresh, whole, averaged=False)
@@ -182,36 +184,34 @@ def failing(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) ->
         yield made
 
 
-def test_a_full_disk_at_any_write_leaves_the_checkpoint_before(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_full_disk_at_any_write_leaves_the_checkpoint_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = Run()
     run.train(1, 1)
     before = save(tmp_path, run.runner, run.state(1))
-    saved = run.everything()
     run.train(2, 2)
+    path, messages = tmp_path / "step-00000002", []
     for call in range(1, 100):
         with failing(monkeypatch, call, OSError(errno.ENOSPC, "No space left on device")) as made:
             try:
                 save(tmp_path, run.runner, run.state(2), keep=1)
             except CheckpointError as error:
-                text = f"checkpoint: cannot write {tmp_path / 'step-00000002'}: No space left on device; "
-                assert str(error) == text + "checkpoints before it are whole"
+                messages.append(str(error))
             else:
                 break
-        assert before.name in names(tmp_path)
-        assert not [name for name in names(tmp_path) if name.startswith(".")]
+        assert set(names(tmp_path)) <= {before.name, path.name}
         load(before)
-        shutil.rmtree(tmp_path / "step-00000002", ignore_errors=True)  # the last sync fails when it has its name
-    assert made.count("fsync") == 6
-    assert call >= len(made) == 12
-    assert names(tmp_path) == ["step-00000002"]
+        shutil.rmtree(path, ignore_errors=True)  # when the last sync fails it has its name
+    assert made == ["mkdir", *["save_file", "fsync"] * 3, "write_text", *["fsync"] * 2, "replace", "fsync", "replace"]
+    message = f"checkpoint: cannot write {path}: No space left on device; checkpoints before it are whole"
+    assert messages == [message] * 12  # the thirteenth call deletes the older one, which can wait
+    assert names(tmp_path) == [before.name, path.name]
     run.train(3, 3)
     again = Run(step=2)
-    restore(load(tmp_path / "step-00000002"), again.runner, again.state(0))
+    restore(load(path), again.runner, again.state(0))
     again.train(3, 3)
     assert_same(again.everything(), run.everything())
-    assert saved.keys() == again.everything().keys()
+    save(tmp_path, again.runner, again.state(3), keep=1)
+    assert names(tmp_path) == ["step-00000003"]
 
 
 def test_a_kill_at_any_write_leaves_the_checkpoint_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
         save(tmp_path, run.runner, run.state(1, data_sha256="0" * 64))
     assert names(tmp_path) == ["step-00000001"]
     check_folder(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"step-00000001 is of a later step than 0, where this run begins; resume"):
+    with pytest.raises(CheckpointError, match=r"step-00000001 is of a later step than 0, where this run begins"):
         check_folder(tmp_path)
 
 
@@ -400,7 +400,7 @@ def test_a_runner_that_is_not_ready_is_refused(tmp_path: Path) -> None:
 
 def test_another_optimizer_or_model_is_refused(saved: Path) -> None:
     other = Run(optimizer="sgd")
-    with pytest.raises(CheckpointError, match=r"optimizer.safetensors does not fit the run: the state of .* is 'exp_avg,"):
+    with pytest.raises(CheckpointError, match=r"optimizer.safetensors does not fit the run: the state of .* is 'exp"):
         restore(load(saved), other.runner, other.state(0))
     x2 = Run("x2")
     with pytest.raises(CheckpointError, match=r"model.safetensors does not fit the run: 19 missing \('x2_"):
@@ -417,7 +417,10 @@ def test_another_optimizer_or_model_is_refused(saved: Path) -> None:
         ({"settings": {"x": {1, 2}}}, r"^settings: got \{1, 2\}; accepted: numbers, text, lists and mappings"),
         ({"settings": [1]}, r"^settings: got 'list'; accepted: a mapping or a dataclass"),
         ({"world_size": 0}, r"^world_size: got 0; accepted: an integer >= 1"),
-        ({"step": 2}, r"^num_charged_steps: got 1; accepted: at least 2, the steps that were made"),
+        (
+            {"step": 2, "privacy": privacy(ledger_head="ab" * 32)},
+            r"^num_charged_steps: got 1; accepted: at least 2, the steps that were made",
+        ),
     ],
 )
 def test_a_state_that_cannot_be_is_refused(changes: dict[str, object], message: str, saved: Path) -> None:
@@ -447,7 +450,7 @@ def test_dataclasses_and_tuples_are_kept_as_json(saved: Path) -> None:
 
 def test_no_state_of_a_generator_is_kept(saved: Path) -> None:
     text = json.loads((saved / "state.json").read_text())
-    assert set(text["state"]) == set(CheckpointState.__dataclass_fields__)
+    assert set(text["state"]) == {field.name for field in fields(CheckpointState)}
     assert set(text["files"]) == {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
     assert not re.search(r"rng|random|generator|seed", json.dumps(text))
     checkpoint = load(saved)
