@@ -1,6 +1,7 @@
 """``dit-dp sample``: draw samples from a checkpoint and write them. No torch until it runs."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from dit_dp import validate
+from dit_dp.console import say
 from dit_dp.errors import UsageError
 from dit_dp.sampling.config import GUIDE_CHANNELS, SAMPLERS, SamplingConfig
 from dit_dp.workloads.config import WorkloadSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 GRID_SAMPLES = 64
 """Samples in the picture."""
@@ -127,8 +131,10 @@ def run_sample(args: SampleArgs, load: "Callable[[Path], Trained]" = load_for_sa
     Raises:
         UsageError: Whatever does not fit the checkpoint, or a folder that cannot be written.
     """
+    import torch
+
     from dit_dp.objectives import Objective
-    from dit_dp.sampling import evaluating, sample_from
+    from dit_dp.sampling import evaluating, iterate, to_uint8
     from dit_dp.workloads import input_shape
 
     device = _device(args.device)
@@ -141,7 +147,7 @@ def run_sample(args: SampleArgs, load: "Callable[[Path], Trained]" = load_for_sa
     decode = _decoder(args, spec)
     model = trained.model.to(device)
     with evaluating(model, averages):
-        samples = sample_from(
+        parts = iterate(
             model,
             Objective(spec.objective),
             shape=input_shape(spec)[-3:],
@@ -152,7 +158,25 @@ def run_sample(args: SampleArgs, load: "Callable[[Path], Trained]" = load_for_sa
             seed=args.seed,
             decode=decode,
         )
-    return _write(args, samples, labels)
+        # As pixels, of which 50,000 of 256 x 256 take 10 GB and not 40.
+        pixels = torch.cat([to_uint8(part) for part in _logged(parts, args.num_samples)])
+    return _write(args, pixels, labels)
+
+
+def sample(args: SampleArgs) -> int:
+    """Draw samples, write them and say where; returns the exit code."""
+    for path in run_sample(args):
+        say(str(path))
+    return 0
+
+
+def _logged(parts: "Iterator[Tensor]", count: int) -> "Iterator[Tensor]":
+    """Say after each batch how many samples there are."""
+    done = 0
+    for part in parts:
+        done += len(part)
+        log.info("sample: %d of %d", done, count)
+        yield part
 
 
 def _averages(args: SampleArgs, trained: Trained) -> "Mapping[str, Tensor] | None":
@@ -264,14 +288,13 @@ def _check_writable(folder: Path) -> None:
         raise UsageError(f"output: cannot write into {folder}: {error.strerror or error}") from error
 
 
-def _write(args: SampleArgs, samples: "Tensor", labels: "Tensor | None") -> list[Path]:
+def _write(args: SampleArgs, pixels: "Tensor", labels: "Tensor | None") -> list[Path]:
     """Write what was asked for and return the paths."""
-    from dit_dp.sampling import save_grid, save_npz
-    from dit_dp.sampling.images import save_images
+    from dit_dp.sampling import save_grid, save_images, save_npz
 
-    written = [save_grid(samples[:GRID_SAMPLES], args.output / "grid.png")]
+    written = [save_grid(pixels[:GRID_SAMPLES], args.output / "grid.png")]
     if args.npz:
-        written.append(save_npz(samples, args.output / "samples.npz", labels))
+        written.append(save_npz(pixels, args.output / "samples.npz", labels))
     if args.images:
-        written.append(save_images(samples, args.output / "images", labels))
+        written.append(save_images(pixels, args.output / "images", labels))
     return written

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dit_dp.console import guarded
 from dit_dp.data import digits, split
 from dit_dp.errors import UsageError
 from dit_dp.evaluate import (
@@ -17,6 +18,7 @@ from dit_dp.evaluate import (
     Pictures,
     Recipe,
     SmallClassifier,
+    downstream,
     downstream_accuracy,
     extract,
     fit,
@@ -29,6 +31,7 @@ from dit_dp.evaluate import (
     run_evaluate,
     save_features,
 )
+from dit_dp.evaluate.evaluate import evaluate
 from dit_dp.sampling import save_images, save_npz
 
 DOUBLE = torch.float64
@@ -402,6 +405,33 @@ def test_only_what_was_asked_for_is_computed() -> None:
 def test_questions_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         EvaluateArgs(samples="digits", **options)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downstream, "fit", lambda *a, **k: fit(*a, **{**k, "recipe": Recipe(num_steps=1, width=2)}))
+    line = ["digits:train", "--test", "digits:test", "--output", str(tmp_path / "result.json")]
+    assert guarded(EvaluateArgs, line, "dit-dp evaluate", evaluate, name="dit-dp") == 0
+    out = capsys.readouterr().out
+    assert "tested on 347 real images of digits:test: CNN" in out
+    assert "not private" in out
+    assert json.loads((tmp_path / "result.json").read_text())["num_test"] == 347
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["absent.npz", "--test", "digits"],
+        ["digits"],
+        ["digits", "--test", "digits", "--metrics", "inception"],
+        ["digits", "--reference", "digits", "--features", "absent.pt"],
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded(EvaluateArgs, line, "dit-dp evaluate", evaluate, name="dit-dp") == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("dit-dp: error: ")
+    assert said.err.count("\n") == 1
+    assert not said.out
 
 
 def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:

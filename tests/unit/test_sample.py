@@ -10,11 +10,12 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from dit_dp.clipping import attach
+from dit_dp.console import guarded
 from dit_dp.data import image_folder
 from dit_dp.errors import UsageError
 from dit_dp.frontends import make_frontend
 from dit_dp.models.dit import randomize_zero_init_
-from dit_dp.sample import SampleArgs, Trained, load_for_sampling, run_sample
+from dit_dp.sample import SampleArgs, Trained, load_for_sampling, run_sample, sample
 from dit_dp.sampling import SamplingConfig, evaluating, sample_from, to_uint8
 from dit_dp.training.checkpoint import CheckpointState, PrivacyFacts, base_digest, save
 from dit_dp.training.phases import PhaseRunner
@@ -194,6 +195,28 @@ def test_a_checkpoint_is_sampled_from_as_the_model_that_wrote_it(config: Workloa
     written.append(run_sample(args, lambda _: kept)[0].read_bytes())
     assert len(set(written)) == 1
     assert run_sample(dataclasses.replace(args, ema=False))[0].read_bytes() != written[0]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpointed(tmp_path / "run", PIXELS)
+    line = [
+        "--checkpoint",
+        str(tmp_path / "run"),
+        "--output",
+        str(tmp_path / "out"),
+        "--num_samples",
+        "2",
+        "--steps",
+        "2",
+    ]
+    assert guarded(SampleArgs, line, "dit-dp sample", sample, name="dit-dp") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'grid.png'}\n"
+    for wrong in (["--classes", "5"], ["--sampler", "heun"], ["--checkpoint", str(tmp_path / "absent")]):
+        assert guarded(SampleArgs, [*line, *wrong], "dit-dp sample", sample, name="dit-dp") == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("dit-dp: error: ")
+        assert said.err.count("\n") == 1
+        assert not said.out
 
 
 def test_checkpoints_that_are_none_are_refused(tmp_path: Path) -> None:
