@@ -1,6 +1,7 @@
 """``dit-dp sample``: draw samples from a checkpoint and write them. No torch until it runs."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from dit_dp import validate
+from dit_dp.console import say
 from dit_dp.errors import UsageError
 from dit_dp.sampling.config import GUIDE_CHANNELS, SAMPLERS, SamplingConfig
 from dit_dp.workloads.config import WorkloadSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 GRID_SAMPLES = 64
 """Samples in the picture."""
@@ -24,7 +28,7 @@ class SampleArgs:
     """Draw samples from a checkpoint: a grid as PNG, and an npz or single images if asked for."""
 
     checkpoint: Path
-    """Checkpoint folder of a training run."""
+    """Folder of a training run, of which the newest checkpoint is taken, or of one checkpoint."""
     output: Path
     """Folder of what is written."""
     num_samples: int = 16
@@ -55,6 +59,8 @@ class SampleArgs:
     """Write each sample as images/LABEL/NUMBER.png as well."""
     frontend: str | None = None
     """Weights of the front-end that decodes latents: a local folder, or a hub name."""
+    frontend_statistics: str | None = None
+    """What latents were normalised by in training, of the front-end rae: a safetensors file, or none."""
     ema: bool | None = None
     """Sample from the averaged weights; default: where the checkpoint has some."""
     device: str = "cpu"
@@ -85,17 +91,39 @@ class Trained:
     averages: "Mapping[str, Tensor]"
 
 
-Load = Callable[[Path], Trained]
-Frontend = Callable[[WorkloadSpec, str], "Callable[[Tensor], Tensor]"]
+def load_for_sampling(path: Path) -> Trained:
+    """Return what a run left in a folder.
+
+    Args:
+        path: Of one checkpoint, ``step-00001234``; or of a run, or of its checkpoints, of which the newest is taken.
+
+    Raises:
+        UsageError: No checkpoint there, a damaged one, or one of another version.
+    """
+    from dit_dp.training.checkpoint import latest, load, load_trained
+    from dit_dp.training.checkpoint_state import STATE
+    from dit_dp.training.groups import add_lora
+    from dit_dp.workloads import build_model, stored_spec
+
+    folders = [folder for folder in (path, path / "checkpoints") if folder.is_dir()]
+    found = path if (path / STATE).exists() else next((new for f in folders if (new := latest(f))), None)
+    if found is None:
+        raise UsageError.for_value("checkpoint", str(path), "a folder that is, or has, a whole checkpoint")
+    checkpoint = load(found)
+    spec = stored_spec(checkpoint.state.spec)
+    model = build_model(spec)
+    if spec.schedule.lora_rank is not None:
+        add_lora(model, spec.schedule.lora_rank)
+    load_trained(model, checkpoint, averaged=False)
+    return Trained(spec=spec, model=model, averages=checkpoint.averages or {})
 
 
-def run_sample(args: SampleArgs, load: Load, frontend: Frontend | None = None) -> list[Path]:
+def run_sample(args: SampleArgs, load: "Callable[[Path], Trained]" = load_for_sampling) -> list[Path]:
     """Draw samples and write them.
 
     Args:
         args: What the user asked for.
         load: Reads a checkpoint.
-        frontend: Makes the decoder of a workload's latents from weights; latents without one are an error.
 
     Returns:
         The files: ``grid.png``, ``samples.npz``, and the folder ``images``.
@@ -103,31 +131,52 @@ def run_sample(args: SampleArgs, load: Load, frontend: Frontend | None = None) -
     Raises:
         UsageError: Whatever does not fit the checkpoint, or a folder that cannot be written.
     """
+    import torch
+
     from dit_dp.objectives import Objective
-    from dit_dp.sampling import evaluating, sample_from
+    from dit_dp.sampling import evaluating, iterate, to_uint8
     from dit_dp.workloads import input_shape
 
+    device = _device(args.device)
     _check_writable(args.output)
     trained = load(args.checkpoint)
     spec = trained.spec
     config = _config(args, spec)
-    decode = _decoder(args, spec, frontend)
-    labels = _labels(args, spec)
+    labels, context = _labels(args, spec), _context(args, spec)
     averages = _averages(args, trained)
-    model = trained.model.to(_device(args.device))
+    decode = _decoder(args, spec)
+    model = trained.model.to(device)
     with evaluating(model, averages):
-        samples = sample_from(
+        parts = iterate(
             model,
             Objective(spec.objective),
             shape=input_shape(spec)[-3:],
             labels=labels,
-            context=_context(args, spec),
+            context=context,
             config=config,
             batch_size=args.batch_size,
             seed=args.seed,
             decode=decode,
         )
-    return _write(args, samples, labels)
+        # As pixels, of which 50,000 of 256 x 256 take 10 GB and not 40.
+        pixels = torch.cat([to_uint8(part) for part in _logged(parts, args.num_samples)])
+    return _write(args, pixels, labels)
+
+
+def sample(args: SampleArgs) -> int:
+    """Draw samples, write them and say where; returns the exit code."""
+    for path in run_sample(args):
+        say(str(path))
+    return 0
+
+
+def _logged(parts: "Iterator[Tensor]", count: int) -> "Iterator[Tensor]":
+    """Say after each batch how many samples there are."""
+    done = 0
+    for part in parts:
+        done += len(part)
+        log.info("sample: %d of %d", done, count)
+        yield part
 
 
 def _averages(args: SampleArgs, trained: Trained) -> "Mapping[str, Tensor] | None":
@@ -152,18 +201,23 @@ def _config(args: SampleArgs, spec: WorkloadSpec) -> SamplingConfig:
     return config
 
 
-def _decoder(args: SampleArgs, spec: WorkloadSpec, frontend: Frontend | None) -> "Callable[[Tensor], Tensor] | None":
+def _decoder(args: SampleArgs, spec: WorkloadSpec) -> "Callable[[Tensor], Tensor] | None":
     """Return what makes images of latents; `None` where the model's samples are images."""
+    from dit_dp.frontends import make_frontend
+
     if args.frontend is None:
         if spec.in_latents or spec.in_channels not in (1, 3):
             fix = f"{spec.name} samples latents of {spec.in_channels} channels"
             raise UsageError.for_value("frontend", None, "weights of the front-end that decodes them", fix)
         return None
-    if not spec.in_latents:
+    kind = spec.workload.frontend
+    if not spec.in_latents or kind is None:
         raise UsageError.for_value("frontend", args.frontend, "None", f"this {spec.name} samples pixels")
-    if frontend is None or spec.workload.frontend is None:
-        raise UsageError.for_value("frontend", args.frontend, "None", f"none is known for {spec.name}")
-    return frontend(spec, args.frontend)
+    frontend = make_frontend(kind, args.frontend, statistics=args.frontend_statistics, device=args.device)
+    if frontend.latent_channels != spec.in_channels:
+        accepted = f"a front-end of {spec.in_channels} latent channels"
+        raise UsageError.for_value("frontend", f"{frontend.latent_channels} channels", accepted)
+    return frontend.decode
 
 
 def _labels(args: SampleArgs, spec: WorkloadSpec) -> "Tensor | None":
@@ -234,14 +288,13 @@ def _check_writable(folder: Path) -> None:
         raise UsageError(f"output: cannot write into {folder}: {error.strerror or error}") from error
 
 
-def _write(args: SampleArgs, samples: "Tensor", labels: "Tensor | None") -> list[Path]:
+def _write(args: SampleArgs, pixels: "Tensor", labels: "Tensor | None") -> list[Path]:
     """Write what was asked for and return the paths."""
-    from dit_dp.sampling import save_grid, save_npz
-    from dit_dp.sampling.images import save_images
+    from dit_dp.sampling import save_grid, save_images, save_npz
 
-    written = [save_grid(samples[:GRID_SAMPLES], args.output / "grid.png")]
+    written = [save_grid(pixels[:GRID_SAMPLES], args.output / "grid.png")]
     if args.npz:
-        written.append(save_npz(samples, args.output / "samples.npz", labels))
+        written.append(save_npz(pixels, args.output / "samples.npz", labels))
     if args.images:
-        written.append(save_images(samples, args.output / "images", labels))
+        written.append(save_images(pixels, args.output / "images", labels))
     return written

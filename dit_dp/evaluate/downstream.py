@@ -17,6 +17,7 @@ from dit_dp.errors import UsageError
 from dit_dp.evaluate.classifier import Recipe, fit, scaled
 from dit_dp.evaluate.pictures import Pictures
 
+TESTED_AT_ONCE = 512
 LOGISTIC_SIDE = 32
 """Largest side that logistic regression sees images at."""
 
@@ -62,14 +63,16 @@ def downstream_accuracy(
     if samples.pixels.shape[1:] != real_test.pixels.shape[1:]:
         accepted = f"images of the samples' shape {tuple(samples.pixels.shape[1:])}"
         raise UsageError.for_value("test", tuple(real_test.pixels.shape[1:]), accepted)
-    known = labels.unique()
+    known = sorted(set(labels.tolist()))
     if len(known) < 2 or known[0] < 0 or truth.min() < 0:
         accepted = "samples of at least two classes, labels from 0"
-        raise UsageError.for_value("samples", known.tolist(), accepted, "a classifier has nothing to tell apart")
-    num_classes = int(max(known[-1], truth.max())) + 1
+        raise UsageError.for_value("samples", known, accepted, "a classifier has nothing to tell apart")
+    num_classes = max(known[-1], int(truth.max())) + 1
     model = fit(samples.pixels, labels, num_classes, recipe=recipe, seed=seed, device=device)
+    starts, many = range(0, len(real_test), TESTED_AT_ONCE), TESTED_AT_ONCE
     with torch.no_grad():
-        found = torch.cat([model(scaled(part).to(device)).argmax(1).cpu() for part in real_test.pixels.split(512)])
+        logits = [model(scaled(real_test.pixels[start : start + many]).to(device)).cpu() for start in starts]
+    found = torch.cat(logits).argmax(1)
     return Accuracy(
         cnn=_fraction(found, truth),
         logistic=_fraction(_logistic(samples.pixels, labels, real_test.pixels), truth),

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dit_dp.console import say
 from dit_dp.errors import UsageError
 from dit_dp.evaluate.args import OF_FEATURES, EvaluateArgs, Evaluation
 from dit_dp.evaluate.classifier import Recipe
@@ -47,6 +48,14 @@ def run_evaluate(args: EvaluateArgs, recipe: Recipe | None = None) -> Evaluation
     if args.output is not None:
         _save(result, args.output)
     return result
+
+
+def evaluate(args: EvaluateArgs) -> int:
+    """Evaluate samples and say what was found; returns the exit code."""
+    say(run_evaluate(args).describe())
+    if args.output is not None:
+        say(f"result: {args.output}")
+    return 0
 
 
 def _by_features(args: EvaluateArgs, samples: Pictures) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from torch import Tensor
 from dit_dp.errors import UsageError
 from dit_dp.evaluate.classifier import SmallClassifier, scaled
 
-Extractor = Callable[[Tensor], Tensor]
+Extractor = Callable[[Tensor], Any]
+"""From (N, 3, H, W) uint8 to (N, F), or to a tuple that begins with it."""
 SUFFIXES = (".pt", ".torchscript", ".safetensors")
 _KIND = "dit-dp SmallClassifier"
 
@@ -76,7 +77,8 @@ def extract(
         UsageError: The extractor fails on the images, or returns no finite (N, F).
     """
     found = []
-    for part in pixels.split(batch_size):
+    for start in range(0, len(pixels), batch_size):
+        part = pixels[start : start + batch_size]
         part = part if part.shape[1] == 3 else part.repeat(1, 3, 1, 1)
         try:
             features = extractor(part.to(device))

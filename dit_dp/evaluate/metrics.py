@@ -113,7 +113,8 @@ def _radii(features: Tensor, neighbours: int) -> Tensor:
 
 def _inside(features: Tensor, centres: Tensor, radii: Tensor) -> float:
     """Return the fraction of features that are in at least one ball."""
-    inside = [(torch.cdist(part, centres) <= radii).any(1) for part in features.split(ROWS_AT_ONCE)]
+    starts = range(0, len(features), ROWS_AT_ONCE)
+    inside = [(torch.cdist(features[start : start + ROWS_AT_ONCE], centres) <= radii).any(1) for start in starts]
     return torch.cat(inside).double().mean().item()
 
 

@@ -135,7 +135,7 @@ def _own_size(file: Path) -> int:
 def _load_npz(name: str, where: str, size: int | None) -> Pictures:
     """Return the images of an npz, or raise `UsageError`."""
     try:
-        with np.load(where, allow_pickle=False) as file:
+        with Path(where).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("arr_0", "arr_1") if key in file}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         cause = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

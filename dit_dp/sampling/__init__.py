@@ -10,12 +10,13 @@ from dit_dp.sampling.config import GUIDE_CHANNELS, SAMPLERS, VARIANCES, Sampling
 
 if TYPE_CHECKING:
     from dit_dp.sampling.images import grid, save_grid, save_images, save_npz, to_uint8
-    from dit_dp.sampling.sampler import labels_for, sample_from
+    from dit_dp.sampling.sampler import iterate, labels_for, sample_from
     from dit_dp.sampling.weights import evaluating
 
 _LAZY = {
     "evaluating": "dit_dp.sampling.weights",
     "grid": "dit_dp.sampling.images",
+    "iterate": "dit_dp.sampling.sampler",
     "labels_for": "dit_dp.sampling.sampler",
     "sample_from": "dit_dp.sampling.sampler",
     "save_grid": "dit_dp.sampling.images",
@@ -31,6 +32,7 @@ __all__ = [
     "SamplingConfig",
     "evaluating",
     "grid",
+    "iterate",
     "labels_for",
     "sample_from",
     "save_grid",

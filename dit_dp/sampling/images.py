@@ -1,6 +1,8 @@
 """Samples as pictures and as files.
 
 Shapes: N samples, C channels (1 grey, 3 RGB), H x W pixels.
+
+Samples are given as they are drawn, (N, C, H, W) in [-1, 1], or as `to_uint8` makes them, (N, H, W, C).
 """
 
 import math
@@ -21,11 +23,14 @@ from dit_dp.errors import UsageError
 def to_uint8(samples: Tensor) -> Tensor:
     """Return images (N, H, W, C) of 0 ... 255, uint8, on the CPU, of images (N, C, H, W) in [-1, 1].
 
-    The inverse of ``pixels / 127.5 - 1``; what lies outside is cut off, NaN becomes 0.
+    The inverse of ``pixels / 127.5 - 1``; what lies outside is cut off, NaN becomes 0. What it returned before it
+    returns as it is.
 
     Raises:
         UsageError: Not 1 or 3 channels: latents, which a front-end has to decode first.
     """
+    if samples.dtype == torch.uint8 and samples.dim() == 4 and samples.shape[-1] in (1, 3):
+        return samples.cpu()
     if samples.dim() != 4 or samples.shape[1] not in (1, 3):
         accepted = "images, shape (N, 1 or 3, H, W)"
         raise UsageError.for_value("samples", tuple(samples.shape), accepted, "decode latents with their front-end")
@@ -37,7 +42,7 @@ def grid(samples: Tensor, *, columns: int | None = None, padding: int = 2) -> Im
     """Return one picture of all samples, row by row.
 
     Args:
-        samples: (N, C, H, W) in [-1, 1].
+        samples: As drawn, or as pixels.
         columns: Samples a row; `None`: as many as make it nearest to a square.
         padding: Black pixels around each sample.
 
@@ -75,7 +80,7 @@ def save_npz(samples: Tensor, path: Path | str, labels: Tensor | None = None) ->
     """Write samples as ADM's evaluation reads them and return the path: ``arr_0`` uint8 NHWC, ``arr_1`` labels.
 
     Args:
-        samples: (N, C, H, W) in [-1, 1].
+        samples: As drawn, or as pixels.
         path: The file, which is replaced only when all is written.
         labels: (N,), if there are any.
 

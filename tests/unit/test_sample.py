@@ -6,19 +6,27 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor
 
+from dit_dp.clipping import attach
+from dit_dp.console import guarded
 from dit_dp.data import image_folder
 from dit_dp.errors import UsageError
+from dit_dp.frontends import make_frontend
 from dit_dp.models.dit import randomize_zero_init_
-from dit_dp.sample import SampleArgs, Trained, run_sample
-from dit_dp.workloads import WorkloadConfig, WorkloadSpec, build_model
+from dit_dp.sample import SampleArgs, Trained, load_for_sampling, run_sample, sample
+from dit_dp.sampling import SamplingConfig, evaluating, sample_from, to_uint8
+from dit_dp.training.checkpoint import CheckpointState, PrivacyFacts, base_digest, save
+from dit_dp.training.phases import PhaseRunner
+from dit_dp.training.step import train_step
+from dit_dp.workloads import WorkloadConfig, build_model, build_objective, input_shape
 
 SMALL: dict[str, Any] = {"image_size": 8, "hidden_size": 16, "depth": 1, "num_heads": 2}
 PIXELS = WorkloadConfig(
     workload="dit", in_channels=3, num_classes=5, learn_sigma=False, objective=("num_steps=100",), **SMALL
 )
+ADAPTED = dataclasses.replace(PIXELS, train="lora(2)")
 LATENTS = WorkloadConfig(workload="dit", in_channels=4, num_classes=5, **{**SMALL, "image_size": 64})
 SETS = WorkloadConfig(workload="set", model_options=("sample_size=3",), objective=("num_steps=100",), **SMALL)
 PANDA = WorkloadConfig(workload="panda", image_size=8, hidden_size=8, depth=1, num_heads=2)
@@ -76,21 +84,30 @@ def test_averages_that_are_not_there_are_not_sampled_from(tmp_path: Path) -> Non
     assert written[0] == written[1] != written[2]
 
 
-def test_latents_are_decoded_by_a_front_end(tmp_path: Path) -> None:
-    asked = []
-
-    def frontend(spec: WorkloadSpec, source: str) -> Any:
-        asked.append((spec.workload.frontend, source))
-
-        def decode(latents: Tensor) -> Tensor:
-            return latents[:, :3].clamp(-1, 1).repeat_interleave(8, 2).repeat_interleave(8, 3)
-
-        return decode
-
-    args = SampleArgs(checkpoint=tmp_path, output=tmp_path / "out", num_samples=2, steps=2, npz=True, frontend="here")
-    run_sample(args, lambda _: trained(LATENTS), frontend)
-    assert asked == [("vae", "here")]
-    assert arrays(tmp_path)[0].shape == (2, 64, 64, 3)
+def test_latents_are_decoded_by_their_front_end(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = (8, 8, 8, 8)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=sizes,
+        norm_num_groups=4,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    run(LATENTS, tmp_path, npz=True, frontend=str(tmp_path / "vae"), num_samples=2)
+    spec = LATENTS.spec
+    model = trained(LATENTS)
+    with evaluating(model.model, model.averages):
+        latents = sample_from(
+            model.model,
+            build_objective(spec),
+            shape=input_shape(spec),
+            labels=torch.arange(2),
+            config=SamplingConfig.of(spec, num_steps=2),
+        )
+    expected = to_uint8(make_frontend("vae", tmp_path / "vae").decode(latents))
+    assert np.array_equal(arrays(tmp_path)[0], expected.numpy())
+    assert expected.shape == (2, 64, 64, 3)
 
 
 def test_sets_are_given_images(tmp_path: Path) -> None:
@@ -112,9 +129,8 @@ def test_sets_are_given_images(tmp_path: Path) -> None:
         (PIXELS, {"eta": 0.5}, "only sampler=ddim"),
         (PIXELS, {"context": "digits"}, "not of sets"),
         (PIXELS, {"frontend": "vae"}, "samples pixels"),
-        (PIXELS, {"device": "nonsense"}, "device"),
         (LATENTS, {}, "front-end"),
-        (LATENTS, {"frontend": "vae"}, "none is known"),
+        (LATENTS, {"frontend": "./absent"}, "frontend"),
         (PANDA, {"cfg_scale": 2.0}, "null label"),
         (SETS, {}, "digits, mnist, an image folder"),
         (SETS, {"context": "digits", "classes": (10,)}, "labels from 0 to 9"),
@@ -126,6 +142,98 @@ def test_mistakes_are_one_line(config: WorkloadConfig, options: dict[str, Any], 
         run(config, tmp_path, **options)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "out").iterdir())
+
+
+def checkpointed(folder: Path, config: WorkloadConfig, step: int = 3) -> Trained:
+    """Write a checkpoint of what `trained` returns, a step of training later, and return what it holds."""
+    spec, made = config.spec, trained(config)
+    runner = PhaseRunner(
+        made.model,
+        spec.schedule,
+        attach=lambda model: attach(model, "bookkeeping", max_grad_norm=1.0),
+        make_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        ema_decay=0.5,
+    )
+    generator = torch.Generator().manual_seed(2)
+    objective = build_objective(spec)
+    batch = objective.draw(torch.randn(2, *input_shape(spec), generator=generator), torch.arange(2), generator)
+    settings: dict[str, Any] = {"noise_multiplier": 0.0, "expected_batch_size": 2, "ema": runner.ema}
+    train_step(runner.engine, runner.optimizer, objective, [batch], **settings)
+    state = CheckpointState(
+        step=step,
+        phase=0,
+        workload=spec.name,
+        spec=dataclasses.asdict(spec),
+        base_sha256=base_digest(runner),
+        data_sha256="0" * 64,
+        settings={},
+        privacy=PrivacyFacts(noise_multiplier=0.0, sample_rate=0.1),
+    )
+    save(folder, runner, state)
+    return Trained(spec=spec, model=made.model, averages=runner.averages)
+
+
+@pytest.mark.parametrize("config", [PIXELS, ADAPTED], ids=["full", "lora"])
+def test_a_checkpoint_is_sampled_from_as_the_model_that_wrote_it(config: WorkloadConfig, tmp_path: Path) -> None:
+    if config.train is not None:
+        pytest.importorskip("peft")
+    checkpointed(tmp_path / "run" / "checkpoints", config, step=1)
+    kept = checkpointed(tmp_path / "run" / "checkpoints", config, step=3)
+    assert any(not torch.equal(p, kept.averages.get(name, p)) for name, p in kept.model.named_parameters())
+    found = load_for_sampling(tmp_path / "run")
+    assert found.spec == kept.spec
+    assert all(torch.equal(p, dict(kept.model.named_parameters())[n]) for n, p in found.model.named_parameters())
+    assert found.averages.keys() == kept.averages.keys()
+    written = []
+    for path in (
+        tmp_path / "run",
+        tmp_path / "run" / "checkpoints",
+        tmp_path / "run" / "checkpoints" / "step-00000003",
+    ):
+        args = SampleArgs(checkpoint=path, output=tmp_path / "out", num_samples=3, steps=2)
+        written.append(run_sample(args)[0].read_bytes())
+    written.append(run_sample(args, lambda _: kept)[0].read_bytes())
+    assert len(set(written)) == 1
+    assert run_sample(dataclasses.replace(args, ema=False))[0].read_bytes() != written[0]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpointed(tmp_path / "run", PIXELS)
+    line = [
+        "--checkpoint",
+        str(tmp_path / "run"),
+        "--output",
+        str(tmp_path / "out"),
+        "--num_samples",
+        "2",
+        "--steps",
+        "2",
+    ]
+    assert guarded(SampleArgs, line, "dit-dp sample", sample, name="dit-dp") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'grid.png'}\n"
+    for wrong in (["--classes", "5"], ["--sampler", "heun"], ["--checkpoint", str(tmp_path / "absent")]):
+        assert guarded(SampleArgs, [*line, *wrong], "dit-dp sample", sample, name="dit-dp") == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("dit-dp: error: ")
+        assert said.err.count("\n") == 1
+        assert not said.out
+
+
+def test_checkpoints_that_are_none_are_refused(tmp_path: Path) -> None:
+    checkpointed(tmp_path / "run", PIXELS)
+    file = tmp_path / "run" / "step-00000003" / "ema.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    (tmp_path / "empty").mkdir()
+    for name, words in [("absent", "a whole checkpoint"), ("empty", "a whole checkpoint"), ("run", "changed after")]:
+        with pytest.raises(UsageError, match=words) as caught:
+            run_sample(SampleArgs(checkpoint=tmp_path / name, output=tmp_path / "out"))
+        assert "\n" not in str(caught.value)
+
+
+def test_devices_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="device") as caught:
+        run_sample(SampleArgs(checkpoint=tmp_path, output=tmp_path / "out", device="nonsense"))
+    assert "\n" not in str(caught.value)
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_checkpoint_is_read(tmp_path: Path) -> None:
