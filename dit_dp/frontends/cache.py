@@ -81,7 +81,7 @@ class CachedLatents(Images):
         rows = self.numbers[index]
         latents = torch.empty(len(rows), self.channels, self.size, self.size)
         per_shard = self.manifest.rows_per_shard
-        for number in (rows // per_shard).unique().tolist():
+        for number in sorted(set((rows // per_shard).tolist())):
             places = (rows // per_shard == number).nonzero()[:, 0].tolist()
             try:
                 with safe_open(self.shards[number], framework="pt") as shard:
@@ -252,10 +252,8 @@ def _encode_missing(
     for number in missing:
         first = number * manifest.rows_per_shard
         last = min(first + manifest.rows_per_shard, manifest.num_images)
-        parts = [
-            _encoded(images, frontend, part, DTYPES[manifest.dtype])
-            for part in torch.arange(first, last).split(batch_size)
-        ]
+        batches = [torch.arange(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
+        parts = [_encoded(images, frontend, numbers, DTYPES[manifest.dtype]) for numbers in batches]
         content = save({"latents": torch.cat(parts)})
         path = folder / f"shard-{number:05d}-{_hash_of(manifest, number, [content])}.safetensors"
         write_whole(path, content)

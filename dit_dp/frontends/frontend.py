@@ -29,7 +29,7 @@ class Frontend(ABC):
     gradient, and nothing that is computed here is recorded for a backward pass.
 
     Args:
-        module: The network, with its weights.
+        module: The network, with its weights, float32.
 
     Attributes:
         name: As in `FRONTENDS`.
@@ -42,7 +42,7 @@ class Frontend(ABC):
     latent_channels: int
 
     def __init__(self, module: nn.Module) -> None:
-        self._module: Any = module.to(torch.float32).eval().requires_grad_(False)
+        self._module: Any = module.eval().requires_grad_(False)
         self._device = torch.device("cpu")
 
     def to(self, device: str | torch.device) -> Self:
@@ -99,7 +99,7 @@ class Frontend(ABC):
         side = self.latent_size(x.shape[-1])
         if not len(x):
             return torch.empty(0, self.latent_channels, side, side, device=self._device)
-        largest = float(x.abs().max())
+        largest = float(x.detach().abs().max())
         if not largest <= 1 + _BEYOND:
             fix = "a front-end takes pixels, not latents or 0 to 255"
             raise UsageError.for_value("images", f"a value of size {largest:.4g}", "numbers from -1 to 1", fix)
@@ -144,7 +144,7 @@ def digest_of(tensors: dict[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 

@@ -3,7 +3,8 @@
 Shapes: N images, C = 768 latent channels, h = w = 16 positions of DINOv2-with-registers-B at 224 pixels.
 
 The encoder is transformers' `Dinov2WithRegistersModel`, whose last features pass a layer norm without weights; class
-and register tokens are left out. The decoder is a ViT-MAE decoder with a learned class token.
+and register tokens are left out. The decoder is a ViT-MAE decoder with a learned class token. Both are diffusers', but
+for the decoder's positions: at other grids than 16 x 16, diffusers 0.42 has others than the decoders were trained with.
 """
 
 from pathlib import Path
@@ -17,9 +18,19 @@ from dit_dp.errors import UsageError
 from dit_dp.frontends.checkpoint import load_autoencoder
 from dit_dp.frontends.frontend import Frontend, digest_of
 from dit_dp.frontends.statistics import VARIANCE_EPS, load_statistics
+from dit_dp.models.embedders import sincos_positions
 
 _DIFFUSERS_EPS = 1e-5
 """What diffusers adds to the standard deviation that it divides by."""
+
+
+_RENAMES = {
+    "attention.attention.query.": "attention.q_proj.",
+    "attention.attention.key.": "attention.k_proj.",
+    "attention.attention.value.": "attention.v_proj.",
+    "attention.output.dense.": "attention.o_proj.",
+}
+"""What transformers 5 calls the parts of its attention anew: those of checkpoints that are older, and of its own."""
 
 
 class RAEFrontend(Frontend):
@@ -46,7 +57,7 @@ class RAEFrontend(Frontend):
         self, source: str | Path, *, subfolder: str | None = None, statistics: str | Path | None = None
     ) -> None:
         _require_transformers()
-        module, config = load_autoencoder("AutoencoderRAE", source, subfolder)
+        module, config = load_autoencoder("AutoencoderRAE", source, subfolder, _RENAMES)
         super().__init__(module)
         if config["encoder_type"] != "dinov2" or not config["reshape_to_2d"]:
             fix = "of this one other kinds are untested"
@@ -57,6 +68,9 @@ class RAEFrontend(Frontend):
         self._decoded: int = self._side * config["patch_size"]
         self._scaling_factor = float(config["scaling_factor"])
         self._input_size: int = config["encoder_input_size"]
+        # diffusers stretches the decoder's positions over 16 whatever the grid; a ViT-MAE decoder counts them.
+        positions = sincos_positions(config["decoder_hidden_size"], self._side)  # (1, h w, D)
+        self._module.decoder.decoder_pos_embed = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
         self.statistics = self._normalise_by(statistics, config, str(source))
 
     def settings(self) -> dict[str, str]:

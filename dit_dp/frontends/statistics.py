@@ -8,6 +8,7 @@ that the data are public, or at what noise to charge for them.
 """
 
 import json
+import math
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,8 @@ def fit_statistics(
             "statistics of private data are a release and have to be asked for by name and charged",
         )
     total = torch.zeros(1 + 2 * latents.channels, dtype=torch.float64)
-    for numbers in torch.arange(len(latents)).split(batch_size):
+    for first in range(0, len(latents), batch_size):
+        numbers = torch.arange(first, min(first + batch_size, len(latents)))
         x = latents.take(numbers)[0].to(torch.float64).flatten(2)  # (N, C, h w)
         total += _contributions(x.mean(2), x.square().mean(2), private).sum(0)
     if private is not None:
@@ -198,8 +200,8 @@ def _contributions(means: Tensor, squares: Tensor, private: PrivateStatistics | 
 
 def _cut(x: Tensor) -> Tensor:
     """Return rows scaled down to norm 1; zero where one is not finite."""
-    norms = x.norm(dim=1, keepdim=True)
-    return torch.where(torch.isfinite(norms), x / norms.clamp(min=1.0), 0.0)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return torch.where(torch.isfinite(norms), x / norms.clamp(min=1.0), torch.zeros_like(x))
 
 
 def _bounds(channels: int, private: PrivateStatistics) -> tuple[float, float]:
@@ -213,7 +215,7 @@ def _noise(count: int, noise_multiplier: float, generator: torch.Generator | Non
         cpu = torch.device("cpu")
         generator = generator_of(secrets.token_bytes(entropy_size(cpu)), cpu)
     drawn = torch.randn(count, dtype=torch.float64, generator=generator)
-    return drawn * noise_multiplier * _BLOCKS**0.5
+    return drawn * (noise_multiplier * math.sqrt(_BLOCKS))
 
 
 def _from_total(total: Tensor, private: PrivateStatistics | None) -> LatentStatistics:

@@ -60,7 +60,7 @@ def refused(message: str) -> Any:
 
 
 def test_a_vae_is_the_original_and_its_scale(vae: Frontend, vae_folder: Path) -> None:
-    original = diffusers.AutoencoderKL.from_pretrained(vae_folder, low_cpu_mem_usage=False).eval()
+    original = diffusers.AutoencoderKL.from_pretrained(vae_folder, low_cpu_mem_usage=False).eval().requires_grad_(False)
     x = pixels(3)
     with torch.no_grad():
         posterior = original.encode(x).latent_dist
@@ -84,7 +84,9 @@ def test_a_vae_is_found_in_a_pipeline_and_without_a_shift(tmp_path: Path) -> Non
     latents = [frontend.encode(pixels(2)) for frontend in folders]
     assert torch.equal(latents[0], latents[1])
     assert torch.equal(latents[0], latents[2])
-    original = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False).eval()
+    original = (
+        diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False).eval().requires_grad_(False)
+    )
     with torch.no_grad():
         assert torch.equal(latents[0], original.encode(pixels(2)).latent_dist.mode() * 0.5)
 
@@ -102,7 +104,9 @@ def features(folder: Path, x: Tensor) -> Tensor:
         hidden_size=64, num_hidden_layers=2, num_attention_heads=1, patch_size=14, image_size=518
     )
     encoder = transformers.Dinov2WithRegistersModel(config).eval()
-    weights = {k.removeprefix("encoder."): v for k, v in load_file(folder / WEIGHTS).items() if k.startswith("encoder.")}
+    weights = {
+        k.removeprefix("encoder."): v for k, v in load_file(folder / WEIGHTS).items() if k.startswith("encoder.")
+    }
     left = encoder.load_state_dict(weights, strict=False)
     assert sorted(left.missing_keys) == ["layernorm.bias", "layernorm.weight"]
     assert not left.unexpected_keys
@@ -122,6 +126,21 @@ def test_a_rae_encodes_as_dinov2_does(rae: Frontend, rae_folder: Path) -> None:
     assert torch.allclose(latents, wanted, rtol=0, atol=1e-5)
     assert (wanted - features(rae_folder, x)).abs().max() > 0.5
     assert rae.settings() == {"input_size": "28", "scaling_factor": "1.0", "statistics": "checkpoint"}
+
+
+def test_a_rae_takes_weights_by_their_older_names(rae: Frontend, rae_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(rae_folder, tmp_path / "older"))
+    weights = load_file(copy / WEIGHTS)
+    older = {}
+    for name, value in weights.items():
+        if name.startswith("encoder."):
+            for new, old in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+                name = name.replace(f"attention.{new}.", f"attention.attention.{old}.")
+            name = name.replace("attention.o_proj.", "attention.output.dense.")
+        older[name] = value
+    assert len(set(older) - set(weights)) == 2 * 4 * 2  # weights and biases of four linears, in two layers
+    save_file(older, copy / WEIGHTS, metadata={"format": "pt"})
+    assert make_frontend("rae", copy).weights == rae.weights
 
 
 def test_a_rae_decodes_as_a_vit_mae_does(rae: Frontend, rae_folder: Path) -> None:
@@ -177,6 +196,15 @@ def test_statistics_have_to_be_there_and_to_fit(rae_folder: Path, vae_folder: Pa
             make_frontend("rae", rae_folder, statistics=tmp_path / name)
     with refused(r"^statistics: got 'none'; accepted: None; a VAE's latents are scaled, not normalised"):
         make_frontend("vae", vae_folder, statistics="none")
+
+
+def test_positions_are_diffusers_own_at_the_published_grid(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    frontend = make_frontend("rae", save_rae(tmp_path, encoder_input_size=224), statistics="none")
+    original = diffusers.AutoencoderRAE.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    ours, theirs = frontend.module.decoder.decoder_pos_embed, original.decoder.decoder_pos_embed
+    assert ours.shape == (1, 257, 16)
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 @each
@@ -321,14 +349,17 @@ def vit_mae_decoder(folder: Path) -> nn.Module:
         hidden_size=64,
         patch_size=RAE_CONFIG["patch_size"],
         image_size=8,
+        attn_implementation="eager",
         **{name: value for name, value in RAE_CONFIG.items() if name.startswith("decoder_")},
     )
     decoder: nn.Module = module.ViTMAEDecoder(config, num_patches=4).eval()
     names = {
-        "attention.to_q": "attention.attention.query",
-        "attention.to_k": "attention.attention.key",
-        "attention.to_v": "attention.attention.value",
-        "attention.to_out.0": "attention.output.dense",
+        "attention.to_q": "attention.q_proj",
+        "attention.to_k": "attention.k_proj",
+        "attention.to_v": "attention.v_proj",
+        "attention.to_out.0": "attention.o_proj",
+        "intermediate.dense": "mlp.fc1",
+        "output.dense": "mlp.fc2",
     }
     weights = {}
     for name, value in load_file(folder / WEIGHTS).items():

@@ -270,7 +270,9 @@ def test_folders_that_are_no_cache_are_left_alone(tmp_path: Path, halving: Halvi
     assert os.listdir(tmp_path) == ["notes.txt"]
     refused(lambda: open_cache(tmp_path), r"^latent_cache: .* is no cache of latents: No such file")
     refused(lambda: cached(tmp_path / "notes.txt", halving), r"^latent_cache: cannot write to .*notes\.txt: ")
-    refused(lambda: cached(tmp_path / "notes.txt" / "x", halving), r"^latent_cache: cannot write to .*: Not a directory")
+    refused(
+        lambda: cached(tmp_path / "notes.txt" / "x", halving), r"^latent_cache: cannot write to .*: Not a directory"
+    )
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_finished(
