@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,8 @@ class SampleArgs:
 
     checkpoint: Path
     """Folder of a training run, of which the newest checkpoint is taken, or of one checkpoint."""
+    weights: Path | None = None
+    """Weights that the run started from, where it kept only what trained; default: those it found."""
     output: Path
     """Folder of what is written."""
     num_samples: int = 16
@@ -91,19 +94,21 @@ class Trained:
     averages: "Mapping[str, Tensor]"
 
 
-def load_for_sampling(path: Path) -> Trained:
+def load_for_sampling(path: Path, weights: Path | None = None) -> Trained:
     """Return what a run left in a folder.
 
     Args:
         path: Of one checkpoint, ``step-00001234``; or of a run, or of its checkpoints, of which the newest is taken.
+        weights: That the run started from, if they are no longer where it found them.
 
     Raises:
         UsageError: No checkpoint there, a damaged one, or one of another version.
     """
+    from dit_dp.trainer.saving import base_model
     from dit_dp.training.checkpoint import latest, load, load_trained
     from dit_dp.training.checkpoint_state import STATE
     from dit_dp.training.groups import add_lora
-    from dit_dp.workloads import build_model, stored_spec
+    from dit_dp.workloads import stored_spec
 
     folders = [folder for folder in (path, path / "checkpoints") if folder.is_dir()]
     found = path if (path / STATE).exists() else next((new for f in folders if (new := latest(f))), None)
@@ -111,19 +116,19 @@ def load_for_sampling(path: Path) -> Trained:
         raise UsageError.for_value("checkpoint", str(path), "a folder that is, or has, a whole checkpoint")
     checkpoint = load(found)
     spec = stored_spec(checkpoint.state.spec)
-    model = build_model(spec)
+    model = base_model(spec, found, weights)
     if spec.schedule.lora_rank is not None:
         add_lora(model, spec.schedule.lora_rank)
     load_trained(model, checkpoint, averaged=False)
     return Trained(spec=spec, model=model, averages=checkpoint.averages or {})
 
 
-def run_sample(args: SampleArgs, load: "Callable[[Path], Trained]" = load_for_sampling) -> list[Path]:
+def run_sample(args: SampleArgs, load: "Callable[[Path], Trained] | None" = None) -> list[Path]:
     """Draw samples and write them.
 
     Args:
         args: What the user asked for.
-        load: Reads a checkpoint.
+        load: Reads a checkpoint; default: `load_for_sampling`.
 
     Returns:
         The files: ``grid.png``, ``samples.npz``, and the folder ``images``.
@@ -139,7 +144,7 @@ def run_sample(args: SampleArgs, load: "Callable[[Path], Trained]" = load_for_sa
 
     device = _device(args.device)
     _check_writable(args.output)
-    trained = load(args.checkpoint)
+    trained = (load or partial(load_for_sampling, weights=args.weights))(args.checkpoint)
     spec = trained.spec
     config = _config(args, spec)
     labels, context = _labels(args, spec), _context(args, spec)

@@ -1,5 +1,6 @@
 """Where a run's weights come from, and its checkpoints."""
 
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,3 +122,25 @@ def describe(trainer: "Trainer") -> checkpoints.CheckpointState:
         ),
         world_size=trainer.world.size if config.sampling == "shuffled" else None,
     )
+
+
+def base_model(spec: WorkloadSpec, checkpoint: Path, weights: Path | None) -> nn.Module:
+    """Return the model that the run of a checkpoint started from, for a checkpoint that keeps only what trained.
+
+    Args:
+        spec: The checkpoint's.
+        checkpoint: Its folder; the run's ``config.json`` above it says seed and weights.
+        weights: In place of those that the run's configuration says.
+
+    Raises:
+        UsageError: Weights that cannot be read or do not fit.
+    """
+    file, seed = checkpoint.parent.parent / "config.json", 0
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        seed = int(said["init_seed"])
+        weights = weights or (said["weights"] and Path(said["weights"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        log.info("checkpoint: no configuration of a run at %s; the model starts from seed 0", file)
+    torch.manual_seed(seed)
+    return _with_weights(spec, weights)
