@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dit_dp import validate
 from dit_dp.errors import UsageError
+from dit_dp.privacy import Mechanism
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +36,13 @@ class Frontend(ABC):
         name: As in `FRONTENDS`.
         image_channels: Of the images.
         latent_channels: C.
+        spent: What its statistics cost in privacy, to be composed with what the training does; `None`: nothing.
     """
 
     name: ClassVar[str]
     image_channels: int
     latent_channels: int
+    spent: Mechanism | None = None
 
     def __init__(self, module: nn.Module) -> None:
         self._module: Any = module.eval().requires_grad_(False)
