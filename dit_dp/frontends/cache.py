@@ -234,12 +234,13 @@ def _there(folder: Path, wanted: Manifest) -> Manifest | None:
 def _begin(folder: Path, wanted: Manifest, rows: dict[str, Tensor]) -> Manifest:
     """Return a folder's manifest, which is written if it is new; remove what a killed process left half written."""
     there = _there(folder, wanted)
+    for name in ("shard-*", _ROWS_FILE, MANIFEST_FILE):
+        for left in folder.glob(f".{name}.*.tmp"):
+            left.unlink()
     if there is None:
         write_whole(folder / _ROWS_FILE, save(rows))
         save_manifest(wanted, folder)
         return wanted
-    for left in folder.glob(".shard-*.tmp"):
-        left.unlink()
     return there
 
 
@@ -293,7 +294,7 @@ def _verified(folder: Path, manifest: Manifest, known: dict[int, Path] | None = 
 
 def _hash_of(manifest: Manifest, number: int, chunks: Iterable[bytes]) -> str:
     """Return the SHA-256 of a shard's place, which is of one cache and one number in it, and of its content."""
-    total = hashlib.sha256(f"{manifest.key} {number}\n".encode())
+    total = hashlib.sha256(f"{manifest.key} {manifest.rows_per_shard} {number}\n".encode())
     for chunk in chunks:
         total.update(chunk)
     return total.hexdigest()

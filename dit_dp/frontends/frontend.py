@@ -29,6 +29,10 @@ class Frontend(ABC):
     or average of weights ever sees them. The network is in evaluation mode and float32, its parameters take no
     gradient, and nothing that is computed here is recorded for a backward pass.
 
+    **Guarantees**: a latent depends on its image and on the weights alone, so that whoever trains on latents has the
+    units of whoever trains on images. The weights have to be public: what a front-end learned from private data, or
+    was normalised by (`spent`), is no part of what a training's own accounting covers.
+
     Args:
         module: The network, with its weights, float32.
 
