@@ -187,7 +187,6 @@ def test_a_checkpoint_is_sampled_from_as_the_model_that_wrote_it(config: Workloa
     written = []
     for path in (
         tmp_path / "run",
-        tmp_path / "run" / "checkpoints",
         tmp_path / "run" / "checkpoints" / "step-00000003",
     ):
         args = SampleArgs(checkpoint=path, output=tmp_path / "out", num_samples=3, steps=2)
@@ -227,7 +226,7 @@ def test_checkpoints_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     expected = {
         "absent": "not the folder",
-        "empty": "a whole checkpoint",
+        "empty": "whole checkpoint",
         "other": "state.json",
         "run": "changed after",
     }
