@@ -12,7 +12,7 @@ import tyro
 from dit_dp import validate
 from dit_dp.console import say
 from dit_dp.errors import UsageError
-from dit_dp.sampling.config import GUIDE_CHANNELS, SAMPLERS, SamplingConfig
+from dit_dp.sampling.config import GUIDE_CHANNELS, SAMPLERS, VARIANCES, SamplingConfig
 from dit_dp.workloads.config import WorkloadSpec
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class SampleArgs:
     """Weights that the run started from, where it kept only what trained; default: those it found."""
     output: Path
     """Folder of what is written."""
+    weights: Path | None = None
+    """What the run started from, where its checkpoint keeps only what trained; default: what the run says."""
     num_samples: int = 16
     """How many, over all classes."""
     cfg_scale: float = 1.0
@@ -44,6 +46,8 @@ class SampleArgs:
     """Default: the workload's own."""
     steps: int | None = None
     """Model evaluations a sample; default: the workload's own."""
+    variance: Annotated[str | None, tyro.conf.arg(metavar="{learned,small,large}")] = None
+    """Of ancestral: learned, where the model predicts variances, small (the posterior's) or large (beta)."""
     eta: float | None = None
     """Of ddim: 0 draws no noise after the start, 1 as much as the posterior has."""
     clamp: bool | None = None
@@ -75,8 +79,12 @@ class SampleArgs:
             validate.integer(name, getattr(self, name))
         validate.integer("seed", self.seed, minimum=0)
         validate.one_of("guide_channels", self.guide_channels, GUIDE_CHANNELS)
-        if self.sampler is not None:
-            validate.one_of("sampler", self.sampler, SAMPLERS)
+        for name, value, accepted in (
+            ("sampler", self.sampler, SAMPLERS),
+            ("variance", self.variance, VARIANCES),
+        ):
+            if value is not None:
+                validate.one_of(name, value, accepted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +102,22 @@ class Trained:
     averages: "Mapping[str, Tensor]"
 
 
+<<<<<<< HEAD
 def load_for_sampling(path: Path, weights: Path | None = None) -> Trained:
     """Return what a run left in a folder.
 
     Args:
         path: Of one checkpoint, ``step-00001234``; or of a run, or of its checkpoints, of which the newest is taken.
         weights: That the run started from, if they are no longer where it found them.
+=======
+def load_for_sampling(args: SampleArgs) -> Trained:
+    """Return what a run left in its folder, or in one checkpoint's.
+>>>>>>> w-sampling
 
     Raises:
-        UsageError: No checkpoint there, a damaged one, or one of another version.
+        UsageError: No checkpoint there, a damaged one, one of another version, or other base weights than the run's.
     """
+<<<<<<< HEAD
     from dit_dp.trainer.saving import base_model
     from dit_dp.training.checkpoint import latest, load, load_trained
     from dit_dp.training.checkpoint_state import STATE
@@ -124,6 +138,15 @@ def load_for_sampling(path: Path, weights: Path | None = None) -> Trained:
 
 
 def run_sample(args: SampleArgs, load: "Callable[[Path], Trained] | None" = None) -> list[Path]:
+=======
+    from dit_dp.trainer.saving import trained_model
+
+    spec, model, averages = trained_model(args.checkpoint, args.weights)
+    return Trained(spec=spec, model=model, averages=averages)
+
+
+def run_sample(args: SampleArgs, load: Callable[[SampleArgs], Trained] = load_for_sampling) -> list[Path]:
+>>>>>>> w-sampling
     """Draw samples and write them.
 
     Args:
@@ -144,7 +167,11 @@ def run_sample(args: SampleArgs, load: "Callable[[Path], Trained] | None" = None
 
     device = _device(args.device)
     _check_writable(args.output)
+<<<<<<< HEAD
     trained = (load or partial(load_for_sampling, weights=args.weights))(args.checkpoint)
+=======
+    trained = load(args)
+>>>>>>> w-sampling
     spec = trained.spec
     config = _config(args, spec)
     labels, context = _labels(args, spec), _context(args, spec)
@@ -197,6 +224,7 @@ def _config(args: SampleArgs, spec: WorkloadSpec) -> SamplingConfig:
         spec,
         sampler=args.sampler,
         num_steps=args.steps,
+        variance=args.variance,
         eta=args.eta,
         clamp=args.clamp,
         cfg_scale=args.cfg_scale,

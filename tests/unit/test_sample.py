@@ -180,14 +180,13 @@ def test_a_checkpoint_is_sampled_from_as_the_model_that_wrote_it(config: Workloa
     checkpointed(tmp_path / "run" / "checkpoints", config, step=1)
     kept = checkpointed(tmp_path / "run" / "checkpoints", config, step=3)
     assert any(not torch.equal(p, kept.averages.get(name, p)) for name, p in kept.model.named_parameters())
-    found = load_for_sampling(tmp_path / "run")
+    found = load_for_sampling(SampleArgs(checkpoint=tmp_path / "run", output=tmp_path))
     assert found.spec == kept.spec
     assert all(torch.equal(p, dict(kept.model.named_parameters())[n]) for n, p in found.model.named_parameters())
     assert found.averages.keys() == kept.averages.keys()
     written = []
     for path in (
         tmp_path / "run",
-        tmp_path / "run" / "checkpoints",
         tmp_path / "run" / "checkpoints" / "step-00000003",
     ):
         args = SampleArgs(checkpoint=path, output=tmp_path / "out", num_samples=3, steps=2)
@@ -198,7 +197,7 @@ def test_a_checkpoint_is_sampled_from_as_the_model_that_wrote_it(config: Workloa
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpointed(tmp_path / "run", PIXELS)
+    checkpointed(tmp_path / "run" / "checkpoints", PIXELS)
     line = [
         "--checkpoint",
         str(tmp_path / "run"),
@@ -220,11 +219,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_checkpoints_that_are_none_are_refused(tmp_path: Path) -> None:
-    checkpointed(tmp_path / "run", PIXELS)
-    file = tmp_path / "run" / "step-00000003" / "ema.safetensors"
+    checkpointed(tmp_path / "run" / "checkpoints", PIXELS)
+    file = tmp_path / "run" / "checkpoints" / "step-00000003" / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    (tmp_path / "empty").mkdir()
-    for name, words in [("absent", "a whole checkpoint"), ("empty", "a whole checkpoint"), ("run", "changed after")]:
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    expected = {
+        "absent": "not the folder",
+        "empty": "whole checkpoint",
+        "other": "state.json",
+        "run": "changed after",
+    }
+    for name, words in expected.items():
         with pytest.raises(UsageError, match=words) as caught:
             run_sample(SampleArgs(checkpoint=tmp_path / name, output=tmp_path / "out"))
         assert "\n" not in str(caught.value)
@@ -239,7 +245,7 @@ def test_devices_that_are_not_there_are_refused(tmp_path: Path) -> None:
 def test_an_output_that_cannot_be_written_is_refused_before_the_checkpoint_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
-    def load(path: Path) -> Trained:
+    def load(args: SampleArgs) -> Trained:
         raise AssertionError
 
     with pytest.raises(UsageError, match="cannot write"):
@@ -271,7 +277,8 @@ def test_flags_in_both_spellings(dash: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_samples": 0}, {"batch_size": 0}, {"seed": -1}, {"guide_channels": "4"}, {"sampler": "x"}]
+    "options",
+    [{"num_samples": 0}, {"batch_size": 0}, {"seed": -1}, {"guide_channels": "4"}, {"sampler": "x"}, {"variance": "x"}],
 )
 def test_values_that_are_not_accepted(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
