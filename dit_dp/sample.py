@@ -30,8 +30,6 @@ class SampleArgs:
 
     checkpoint: Path
     """Folder of a training run, of which the newest checkpoint is taken, or of one checkpoint."""
-    weights: Path | None = None
-    """Weights that the run started from, where it kept only what trained; default: those it found."""
     output: Path
     """Folder of what is written."""
     weights: Path | None = None
@@ -102,22 +100,16 @@ class Trained:
     averages: "Mapping[str, Tensor]"
 
 
-<<<<<<< HEAD
 def load_for_sampling(path: Path, weights: Path | None = None) -> Trained:
     """Return what a run left in a folder.
 
     Args:
         path: Of one checkpoint, ``step-00001234``; or of a run, or of its checkpoints, of which the newest is taken.
         weights: That the run started from, if they are no longer where it found them.
-=======
-def load_for_sampling(args: SampleArgs) -> Trained:
-    """Return what a run left in its folder, or in one checkpoint's.
->>>>>>> w-sampling
 
     Raises:
         UsageError: No checkpoint there, a damaged one, one of another version, or other base weights than the run's.
     """
-<<<<<<< HEAD
     from dit_dp.trainer.saving import base_model
     from dit_dp.training.checkpoint import latest, load, load_trained
     from dit_dp.training.checkpoint_state import STATE
@@ -138,15 +130,6 @@ def load_for_sampling(args: SampleArgs) -> Trained:
 
 
 def run_sample(args: SampleArgs, load: "Callable[[Path], Trained] | None" = None) -> list[Path]:
-=======
-    from dit_dp.trainer.saving import trained_model
-
-    spec, model, averages = trained_model(args.checkpoint, args.weights)
-    return Trained(spec=spec, model=model, averages=averages)
-
-
-def run_sample(args: SampleArgs, load: Callable[[SampleArgs], Trained] = load_for_sampling) -> list[Path]:
->>>>>>> w-sampling
     """Draw samples and write them.
 
     Args:
@@ -167,11 +150,7 @@ def run_sample(args: SampleArgs, load: Callable[[SampleArgs], Trained] = load_fo
 
     device = _device(args.device)
     _check_writable(args.output)
-<<<<<<< HEAD
     trained = (load or partial(load_for_sampling, weights=args.weights))(args.checkpoint)
-=======
-    trained = load(args)
->>>>>>> w-sampling
     spec = trained.spec
     config = _config(args, spec)
     labels, context = _labels(args, spec), _context(args, spec)
