@@ -8,7 +8,7 @@ DEMO ?= memory_test/sweeps/demo.yaml
 DEMO_DIR ?= results/runs/demo
 TEST_WORKERS ?= 2
 
-.PHONY: demo test test-full lint reference engine-cpu auto-search seeds emulator-check clean
+.PHONY: demo test test-full lint reference workloads systems engine-cpu auto-search seeds emulator-check clean
 
 demo: $(VENV)/.installed
 	@mkdir -p $(dir $(DEMO_DIR))
@@ -30,6 +30,28 @@ lint: $(VENV)/.installed-test
 reference: $(VENV)/.installed
 	mkdir -p results/cpu
 	$(BIN)/memory-test sweep memory_test/sweeps/cpu_small.yaml --output-dir results/cpu --report
+
+# Every system, small, measured: about eight minutes on 2 cores that do nothing else.
+workloads: $(VENV)/.installed
+	mkdir -p results/workloads
+	$(BIN)/memory-test sweep workloads --output-dir results/workloads --report
+
+# Every system at its authors' size, predicted for one H100; and what attention takes at panda's 4096 tokens where its
+# matrices are kept. A minute or two.
+systems: $(VENV)/.installed
+	mkdir -p results/systems results/attention
+	for system in dit x2 "x2 --train full" "x2 --model-options x2_fuse_every=1" set \
+	  "set --train encoder_then_full(5000)" ddt panda; do \
+	  for method in vanilla bookkeeping ghost; do \
+	    name=$$(echo "$$system $$method" | tr -cs '[:alnum:]_' - | sed 's/-$$//'); \
+	    $(BIN)/memory-test predict --workload $$system --experiment $$method --batch-size 8 \
+	      --output results/systems/$$name.json || exit 1; \
+	  done; \
+	done
+	for kernel in math efficient; do \
+	  $(BIN)/memory-test predict --workload panda --experiment vanilla --batch-size 2 \
+	    --gpu custom:memory=80,attention=$$kernel --output results/attention/$$kernel.json || exit 1; \
+	done
 
 # The clipping engine against ordinary training and Opacus, in turns on one thread; finished configurations are kept.
 engine-cpu: $(VENV)/.installed

@@ -4,7 +4,6 @@ Exit codes: 0 ok; 1 a record with any other status, or a check of the doctor tha
 said in one line.
 """
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,7 +48,8 @@ class SweepArgs:
     """Measure every cell of a sweep file; finished cells are kept and skipped."""
 
     file: tyro.conf.Positional[Path]
-    """YAML file with base and grid, or the name of a shipped one: demo, cpu_small, h100_core."""
+    """YAML file with base and grid, or the name of a shipped one: demo, cpu_small, workloads,
+    h100_core."""
     output_dir: Path
     """Folder of the records, one file a cell."""
     on_mismatch: Annotated[str, tyro.conf.arg(metavar="{refuse,rerun}")] = "refuse"
@@ -263,8 +263,7 @@ def _default_output(config: ExperimentConfig) -> Path:
 
     RESULTS.mkdir(parents=True, exist_ok=True)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    model = Path(config.model).name if config.pretrained else re.sub("[/:]", "-", config.model)
-    return RESULTS / f"{stamp}-{config.experiment}-{model}-b{config.batch_size}.json"
+    return RESULTS / f"{stamp}-{config.experiment}-{config.file_label}-b{config.batch_size}.json"
 
 
 if __name__ == "__main__":
