@@ -72,6 +72,7 @@ def test_the_authority_is_below_renyi_and_monotone(point: tuple[float, float, in
 
 
 @pytest.mark.full
+@pytest.mark.timeout(2 * 3600)
 def test_the_authority_is_below_renyi_and_monotone_on_the_whole_grid() -> None:
     for point in points(FULL_POINTS, seed=1):
         check_point(*point)
