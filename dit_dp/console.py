@@ -74,7 +74,7 @@ def parse(kind: type[T], argv: Sequence[str] | None, prog: str | None = None) ->
 def _flatten(box: str) -> str:
     """Return the text of a tyro error box as one line: field, value, what is accepted."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = (re.sub(r"[╭╮╰╯│─]+|-{5,}", " ", line).strip() for line in text.splitlines())
+    lines = (re.sub(r"[╭╮╰╯│─]+|(?<!\S)(-{5,}|\|)(?!\S)", " ", line).strip() for line in text.splitlines())
     joined = re.sub(r"\s+", " ", " ".join(line for line in lines if line)).strip()
     joined = joined.split(" For full helptext")[0]
     joined = re.sub(r"^(Value error )?(Error parsing (config|[A-Z]\w+): )?", "", joined)
