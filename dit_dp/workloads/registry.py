@@ -12,6 +12,7 @@ from dit_dp.objectives.config import ObjectiveConfig
 
 Sampler = Literal["ancestral", "ddim", "euler"]
 Frontend = Literal["vae", "rae"]
+Unit = Literal["image", "set"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Workload:
     ema_decay: float = 0.9999
 
     @property
-    def unit(self) -> str:
+    def unit(self) -> Unit:
         """What one privacy unit is: ``image`` or ``set``."""
         return "image" if self.objective.set_size is None else "set"
 
