@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,16 @@ def with_recipe(argv: Sequence[str]) -> list[str]:
     return [*([] if name is None else _as_words(read_recipe(name))), *rest]
 
 
+_SWITCHES = {field.name for field in fields(TrainConfig) if isinstance(field.default, bool)}
+"""Options without a value; those that may also be `None` take one."""
+
+
 def _as_words(content: Mapping[str, Any]) -> list[str]:
     """Return YAML's values as a command line says them; what comes after them there takes their place."""
     words: list[str] = []
     for key, value in content.items():
         option = key.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and key in _SWITCHES:
             words.append(f"--{option}" if value else f"--no-{option}")
         elif isinstance(value, list):
             words += [f"--{option}", *map(str, value)]

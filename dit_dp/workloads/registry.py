@@ -82,7 +82,7 @@ WORKLOADS: dict[str, Workload] = {
         sizes=DIT_SIZES,
         model="DiT-XL/2",
         downsample=_VAE,
-        options={"mlp_ratio": 4.0},
+        options={"mlp_ratio": 4.0, "condition_init": "reference"},
         objective=ObjectiveConfig(learn_sigma=True),
         frontend="vae",
     ),
