@@ -20,7 +20,11 @@ BUNDLED = ("digits", "mnist", "synthetic")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(WorkloadConfig):
-    """Train a workload under a privacy budget; `None` is the workload's own value, or what follows from the rest."""
+    """Train a workload under a privacy budget.
+
+    --recipe NAME|FILE takes the values of a recipe; options after it win. None is the workload's own value, or what
+    follows from the rest.
+    """
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012
 

@@ -77,7 +77,7 @@ def with_recipe(argv: Sequence[str]) -> list[str]:
         UsageError: There is no such recipe.
     """
     rest = list(argv)
-    name = _take_option(rest, "--recipe")
+    name = take_option(rest, "--recipe")
     return [*([] if name is None else _as_words(read_recipe(name))), *rest]
 
 
@@ -99,7 +99,7 @@ def _as_words(content: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _take_option(argv: list[str], option: str) -> str | None:
+def take_option(argv: list[str], option: str) -> str | None:
     """Take an option and its value out of a command line."""
     for place, word in enumerate(argv):
         if word == option:
