@@ -66,7 +66,8 @@ class TraceMeter(TaggingMeter):
         self.places: list[Place] = []
 
     def _note_position(self, index: int, step: int, phase: str) -> None:
-        self.places.append(Place(len(self._tracer.trace.events), step, phase))
+        trace = self._tracer.trace
+        self.places.append(Place(len(trace.events), step, phase, len(trace.operations)))
 
     def _address(self, tensor: Tensor) -> int | None:
         return self._tracer.index(tensor)

@@ -37,8 +37,9 @@ def with_another_step(
         return None
     again = {index: index + all_born - old for index in range(old, len(trace.storages))}
     moved = again | dict(zip(released, left, strict=True))
-    begun = [*trace.event_operations, len(trace.operations)]
-    num_operations = begun[end] - begun[start]
+    begun = trace.event_operations
+    ran = slice(places[first].operations, places[-1].operations)
+    num_operations = ran.stop - ran.start
     longer = Trace(
         storages=[*trace.storages[:all_born], *trace.storages[old:]],
         events=[
@@ -46,10 +47,13 @@ def with_another_step(
             *(moved.get(index, index) for index in inside),
             *(again.get(index, index) for index in tail),
         ],
-        operations=[*trace.operations[: begun[end]], *trace.operations[begun[start] :]],
-        event_operations=[*begun[:end], *(count + num_operations for count in begun[start:-1])],
+        operations=[*trace.operations[: ran.stop], *trace.operations[ran.start :]],
+        event_operations=[*begun[:end], *(count + num_operations for count in begun[start:])],
     )
-    repeated = [replace(p, position=p.position + end - start, step=p.step + 1) for p in places[first:]]
+    repeated = [
+        replace(p, position=p.position + end - start, step=p.step + 1, operations=p.operations + num_operations)
+        for p in places[first:]
+    ]
     new_tags = [
         Tag(tag.mark + len(repeated), moved.get(tag.address, tag.address), tag.category)
         for tag in tags
