@@ -77,9 +77,18 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
     ) -> Any:
         if func is _DEVICE:  # asked more often than anything is computed
             return _CPU
+        with torch._C.DisableTorchFunction():  # what a device means by calls of torch, it said above
+            return self._log(func, types, args, kwargs or {})
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Have no compiler kept out at every call: there is none."""
+        return False
+
+    def _log(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation and log what it makes."""
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # a tensor around others, such as a rank's shard: what it does with them comes here
-        kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         tensors: list[Tensor] = []
         key = call_key(func, args, kwargs, tensors)
@@ -357,7 +366,7 @@ _DEVICE, _CPU = torch.ops.prim.device.default, torch.device("cpu")
 
 def _by_autograd() -> bool:
     """Return whether autograd's engine adds: no Python lies between it and the tracer, and no graph is made."""
-    frame = sys._getframe(2)
+    frame = sys._getframe(3)
     while frame.f_back is not None and frame.f_code.co_filename.endswith(_WRAPPERS):
         frame = frame.f_back
     return frame.f_code is _ENGINE and not frame.f_locals["args"][_CREATE_GRAPH]
