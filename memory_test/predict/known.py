@@ -106,10 +106,10 @@ def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) ->
 
 
 def _follows_from_shapes(func: Any) -> bool:
-    """Return whether an operation is torch's own, and neither asks for data nor gives an argument another shape."""
+    """Return whether an operation is torch's or ours, and neither asks for data nor gives an argument another shape."""
     tags = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
     name: str = func._schema.name
-    able = name.startswith("aten::") and name not in _OTHER_STORAGE
+    able = name.startswith(("aten::", "dit_dp::")) and name not in _OTHER_STORAGE
     return able and not any(tag in func.tags for tag in tags)
 
 

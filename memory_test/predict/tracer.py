@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -98,7 +99,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         if not self._host_too and (self._on_host or not self._on_device(tensors)):
             return out
         leaves = [out] if isinstance(out, Tensor) else tree_leaves(out)
-        results = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_meta]
+        results = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not _is_meta(leaf)]
         results = results[: len(results) - ON_HOST.get(name, 0)]
         found = self._temporaries(name, args, _in_backward()) if self._temporaries else []
         self._note_operation(func, name, args, kwargs, out, tensors, results, key)
@@ -353,6 +354,11 @@ def _described(value: Any) -> Any:
 
 def _shape(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _is_meta(tensor: Tensor) -> bool:
+    """Return whether a tensor is on no device at all; to ask a fake one itself is an operation."""
+    return tensor.fake_device.type == "meta" if isinstance(tensor, FakeTensor) else tensor.is_meta
 
 
 def _in_backward() -> bool:
