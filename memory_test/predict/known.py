@@ -146,7 +146,7 @@ def _result(tensor: Tensor, of: list[Tensor]) -> _Result:
         same=bool(found),
         shape=tensor.shape,
         stride=tensor.stride(),
-        offset=tensor.storage_offset(),
+        offset=int(tensor.storage_offset()),
         dtype=tensor.dtype,
     )
 
@@ -159,7 +159,7 @@ def _make(result: _Result, mode: FakeTensorMode | None, of: list[Tensor]) -> Ten
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
         made = torch.empty_strided(result.shape, result.stride, dtype=result.dtype, device="meta")
         if result.argument is not None:
-            made.set_(of[result.argument].untyped_storage(), result.offset, result.shape, result.stride)  # type: ignore[call-overload]
+            made.set_(of[result.argument].untyped_storage(), result.offset, result.shape, result.stride)
         return FakeTensor(mode, made, _CPU)
 
 

@@ -105,9 +105,7 @@ def imagined_run(
     return run
 
 
-def _run(
-    resolved: dict[str, Any], card: Card | None, num_steps: int, whole: bool, rates: Rates | None
-) -> Imagined:
+def _run(resolved: dict[str, Any], card: Card | None, num_steps: int, whole: bool, rates: Rates | None) -> Imagined:
     """Trace every step."""
     if card is None:
         tracer = Tracer(stand_ins=STAND_INS, host_too=True)

@@ -22,7 +22,7 @@ def with_another_step(
         tags: Which storages were whose.
 
     Returns:
-        The three of the longer run; `None` if the step leaves something else than it was left, and so is not like the next.
+        The three of the longer run; `None` if the step leaves something else than it was left: the next is not like it.
     """
     first = next(index for index, place in enumerate(places) if place.step == places[-1].step)
     start, end = places[first].position, places[-1].position

@@ -109,7 +109,9 @@ def test_a_step_that_leaves_more_than_it_was_left_is_not_repeated() -> None:
     for other in (Storage(5, scope=False), Storage(4, scope=True)):
         assert with_another_step(Trace([*sizes[:2], other], trace.events, [], [0] * 6), places, []) is None
     assert with_another_step(Trace(sizes, [0, 1, 2, 2, 1, 0], [], [0] * 6), places, []) is not None
-    assert with_another_step(Trace(sizes, [0, 1, 2, 1, 0, 2], [], [0] * 6), places[:3] + [Place(3, 2, "idle")], []) is None
+    assert (
+        with_another_step(Trace(sizes, [0, 1, 2, 1, 0, 2], [], [0] * 6), places[:3] + [Place(3, 2, "idle")], []) is None
+    )
 
 
 def test_deaths_at_one_instant_are_in_order_of_birth() -> None:

@@ -24,8 +24,18 @@ CALLS: dict[str, Callable[[Tensor], tuple[Any, tuple[Any, ...]]]] = {
     "constructor": lambda x: (aten.zeros.default, ([3],)),
     "some missing": lambda x: (
         aten.convolution_backward.default,
-        (x[None, None], x[None, None], x[None, None, :1, :1], [1], [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-        + ([True, False, True],),
+        (
+            *[x[None, None]] * 2,
+            x[None, None, :1, :1],
+            [1],
+            [1, 1],
+            [0, 0],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [True, False, True],
+        ),
     ),
 }
 
@@ -69,8 +79,8 @@ def test_calls_that_look_alike_are_told_apart() -> None:
     with FakeTensorMode():
         x = torch.ones(4, 6)
         calls: list[tuple[Any, ...]] = [
-            (x, 1), (x, 1.0), (x, x), (x.t(), 1), (x[1:], 1), (x[:3], 1), ([x], 1), (torch.ones(6)[None].expand(4, 6), 1),
-            (torch.ones(4, 6, requires_grad=True), 1),
+            (x, 1), (x, 1.0), (x, x), (x.t(), 1), (x[1:], 1), (x[:3], 1), ([x], 1),
+            (torch.ones(6)[None].expand(4, 6), 1), (torch.ones(4, 6, requires_grad=True), 1),
         ]  # fmt: skip
         keys = [call_key(aten.mul.Tensor, call, {}, []) for call in calls]
     assert None not in keys
