@@ -55,7 +55,7 @@ def with_another_step(
         for p in places[first:]
     ]
     new_tags = [
-        Tag(tag.mark + len(repeated), moved.get(tag.address, tag.address), tag.category)
+        replace(tag, mark=tag.mark + len(repeated), address=moved.get(tag.address, tag.address))
         for tag in tags
         if tag.mark >= first
     ]
