@@ -8,7 +8,8 @@ DEMO ?= memory_test/sweeps/demo.yaml
 DEMO_DIR ?= results/runs/demo
 TEST_WORKERS ?= 2
 
-.PHONY: demo test test-full lint reference engine-cpu auto-search seeds emulator-check clean
+.PHONY: demo test test-full lint reference workloads systems engine-cpu auto-search mnist trainer-overhead seeds \
+        emulator-check clean
 
 demo: $(VENV)/.installed
 	@mkdir -p $(dir $(DEMO_DIR))
@@ -31,6 +32,28 @@ reference: $(VENV)/.installed
 	mkdir -p results/cpu
 	$(BIN)/memory-test sweep memory_test/sweeps/cpu_small.yaml --output-dir results/cpu --report
 
+# Every system, small, measured: about eight minutes on 2 cores that do nothing else.
+workloads: $(VENV)/.installed
+	mkdir -p results/workloads
+	$(BIN)/memory-test sweep workloads --output-dir results/workloads --report
+
+# Every system at its authors' size, predicted for one H100; and what attention takes at panda's 4096 tokens where its
+# matrices are kept. A minute or two.
+systems: $(VENV)/.installed
+	mkdir -p results/systems results/attention
+	for system in dit x2 "x2 --train full" "x2 --model-options x2_fuse_every=1" set \
+	  "set --train encoder_then_full(5000)" ddt panda; do \
+	  for method in vanilla bookkeeping ghost; do \
+	    name=$$(echo "$$system $$method" | tr -cs '[:alnum:]_' - | sed 's/-$$//'); \
+	    $(BIN)/memory-test predict --workload $$system --experiment $$method --batch-size 8 \
+	      --output results/systems/$$name.json || exit 1; \
+	  done; \
+	done
+	for kernel in math efficient; do \
+	  $(BIN)/memory-test predict --workload panda --experiment vanilla --batch-size 2 \
+	    --gpu custom:memory=80,attention=$$kernel --output results/attention/$$kernel.json || exit 1; \
+	done
+
 # The clipping engine against ordinary training and Opacus, in turns on one thread; finished configurations are kept.
 engine-cpu: $(VENV)/.installed
 	mkdir -p results/engine_cpu
@@ -40,6 +63,28 @@ engine-cpu: $(VENV)/.installed
 auto-search: $(VENV)/.installed
 	mkdir -p results/auto_search
 	$(BIN)/python memory_test/diffusion_profile/auto_search.py results/auto_search/record.json
+
+# A class-conditional DiT on 4000 real MNIST images at epsilon 10 and without noise, and what a classifier trained on its
+# samples knows of 1000 held-out ones: under an hour on 2 cores that do nothing else.
+MNIST_RUNS := results/runs/mnist
+mnist: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mnist]'
+	rm -rf $(MNIST_RUNS)
+	$(BIN)/dit-dp train --recipe mnist_eps10 --output-dir $(MNIST_RUNS)/eps10
+	$(BIN)/dit-dp train --recipe mnist_eps10 --epsilon None --noise-multiplier 0 --output-dir $(MNIST_RUNS)/inf
+	for run in eps10 inf; do \
+	  $(BIN)/dit-dp sample --checkpoint $(MNIST_RUNS)/$$run/000-* --output $(MNIST_RUNS)/$$run/samples \
+	    --num-samples 5000 --cfg-scale 2.0 --batch-size 250 --npz && \
+	  $(BIN)/dit-dp evaluate $(MNIST_RUNS)/$$run/samples/samples.npz --test mnist:test \
+	    --output $(MNIST_RUNS)/$$run/accuracy.json || exit 1; \
+	done
+	$(BIN)/dit-dp evaluate mnist:train --test mnist:test --output $(MNIST_RUNS)/real.json
+	$(BIN)/python memory_test/diffusion_profile/mnist_result.py $(MNIST_RUNS) results/mnist
+
+# Drawing, charging, logging and averaging on top of the engine's step: some minutes on one core.
+trainer-overhead: $(VENV)/.installed
+	mkdir -p results/trainer
+	$(BIN)/python memory_test/diffusion_profile/trainer_overhead.py results/trainer/overhead.json
 
 # The commands the project was started with, at full size. On a machine without some 50 GB the second ends, as it
 # should, in a record with status oom and exit code 1.

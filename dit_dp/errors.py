@@ -44,3 +44,7 @@ class LossShapeError(UsageError):
 
 class EngineStateError(UsageError):
     """An engine's methods were called out of order, or its model was changed behind its back."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint or a file of weights cannot be written, or is not what it should be; the message names the file."""

@@ -4,11 +4,6 @@ Exit codes: 0 ok; 1 a record with any other status, or a check of the doctor tha
 said in one line.
 """
 
-import contextlib
-import io
-import logging
-import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +12,7 @@ from typing import Annotated, TypeVar
 
 import tyro
 
+from dit_dp.console import complain, guarded, note, say, usage
 from dit_dp.errors import UsageError
 from memory_test.core.config import ExperimentConfig
 
@@ -32,6 +28,7 @@ COMMANDS = {
     "cards": "the GPUs that predictions know",
     "doctor": "check that private methods keep their promise on a model",
 }
+NAME = "memory-test"
 RESULTS = Path("results") / "runs"
 
 T = TypeVar("T")
@@ -51,7 +48,8 @@ class SweepArgs:
     """Measure every cell of a sweep file; finished cells are kept and skipped."""
 
     file: tyro.conf.Positional[Path]
-    """YAML file with base and grid, or the name of a shipped one: demo, cpu_small, h100_core."""
+    """YAML file with base and grid, or the name of a shipped one: demo, cpu_small, workloads,
+    h100_core."""
     output_dir: Path
     """Folder of the records, one file a cell."""
     on_mismatch: Annotated[str, tyro.conf.arg(metavar="{refuse,rerun}")] = "refuse"
@@ -82,7 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
-        _say(_usage())
+        say(
+            usage(
+                NAME, "What differential privacy costs a diffusion transformer: memory and time, by method.", COMMANDS
+            )
+        )
         return 0
     runners = {
         "run": main_run,
@@ -97,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "doctor": main_doctor,
     }
     if name not in runners:
-        return _complain(UsageError.for_value("command", name, COMMANDS))
+        return complain(UsageError.for_value("command", name, COMMANDS), NAME)
     return runners[name](arguments[1:], f"memory-test {name}")
 
 
@@ -193,7 +195,7 @@ def main_cards(argv: Sequence[str] | None = None, prog: str | None = None) -> in
     from memory_test.predict.cards import describe_cards
 
     def cards(args: CardsArgs) -> int:
-        _say(describe_cards())
+        say(describe_cards())
         return 0
 
     return _guarded(CardsArgs, argv, prog, cards)
@@ -209,11 +211,11 @@ def _run(args: RunArgs) -> int:
 
     output = args.output or _default_output(args.config)
     store.check_writable(output)
-    _note(describe_cell(args.config))
+    note(describe_cell(args.config))
     record = run_cell(args.config)
     store.save_measured(record, output)
-    _say(describe_record(record))
-    _say(f"record: {output}")
+    say(describe_record(record))
+    say(f"record: {output}")
     return 0 if record.status == "ok" else 1
 
 
@@ -229,7 +231,7 @@ def _sweep(args: SweepArgs) -> int:
     if args.report:
         _write_report(args.output_dir, args.output_dir / "report", [cell.path for cell in plan.cells])
     counts = {status: sum(r.status == status for r in records) for status in dict.fromkeys(r.status for r in records)}
-    _say(f"records: {args.output_dir} ({', '.join(f'{n} {status}' for status, n in counts.items())})")
+    say(f"records: {args.output_dir} ({', '.join(f'{n} {status}' for status, n in counts.items())})")
     return 0 if all(record.status == "ok" for record in records) else 1
 
 
@@ -244,8 +246,8 @@ def _write_report(folder: Path, output_dir: Path, only: Sequence[Path] | None = 
     from memory_test.report.report import write_report
 
     paths = write_report(folder, output_dir, only)
-    _say(terminal_table(load_frame(folder, only)))
-    _say(f"report: {paths.html}")
+    say(terminal_table(load_frame(folder, only)))
+    say(f"report: {paths.html}")
 
 
 # --- what commands share ------------------------------------------------------------------------------------------
@@ -253,49 +255,7 @@ def _write_report(folder: Path, output_dir: Path, only: Sequence[Path] | None = 
 
 def _guarded(kind: type[T], argv: Sequence[str] | None, prog: str | None, command: Callable[[T], int]) -> int:
     """Parse, run and turn a user's mistake into one line and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    try:
-        return command(parse(kind, argv, prog))
-    except UsageError as error:
-        return _complain(error)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        return _complain(UsageError(f"system: {error}"))
-    except KeyboardInterrupt:
-        _note("interrupted; finished cells are kept")
-        return 130
-
-
-def parse(kind: type[T], argv: Sequence[str] | None, prog: str | None = None) -> T:
-    """Build a dataclass from the command line.
-
-    Raises:
-        UsageError: In one line, what tyro says in a box.
-        SystemExit: After ``--help``.
-    """
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            return tyro.cli(kind, args=argv, prog=prog or Path(sys.argv[0]).name, config=(tyro.conf.OmitArgPrefixes,))
-    except SystemExit as error:
-        if error.code in (0, None):
-            raise
-        raise UsageError(_flatten(captured.getvalue())) from None
-
-
-def _flatten(box: str) -> str:
-    """Return the text of a tyro error box as one line: field, value, what is accepted."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = (re.sub(r"[╭╮╰╯│─]+", " ", line).strip() for line in text.splitlines())
-    joined = re.sub(r"\s+", " ", " ".join(line for line in lines if line)).strip()
-    joined = joined.split(" For full helptext")[0]
-    joined = re.sub(r"^(Value error )?(Error parsing (config|[A-Z]\w+): )?", "", joined)
-    joined = re.sub(r"^(Parsing error |Invalid choice (?=invalid)|Missing argument (?=Missing))", "", joined)
-    joined = re.sub(r"^Unrecognized options (?=Unrecognized options:)", "", joined)
-    joined = re.sub(r"^Required options Missing from \S+( \S+)?:", "missing:", joined)
-    return re.sub(r" Argument helptext: --\S+ (\S+) .*", r"; accepted: \1", joined)
+    return guarded(kind, argv, prog, command, name=NAME, interrupted="interrupted; finished cells are kept")
 
 
 def _default_output(config: ExperimentConfig) -> Path:
@@ -303,38 +263,7 @@ def _default_output(config: ExperimentConfig) -> Path:
 
     RESULTS.mkdir(parents=True, exist_ok=True)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    model = Path(config.model).name if config.pretrained else re.sub("[/:]", "-", config.model)
-    return RESULTS / f"{stamp}-{config.experiment}-{model}-b{config.batch_size}.json"
-
-
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: memory-test COMMAND [OPTIONS]",
-            "",
-            "What differential privacy costs a diffusion transformer: memory and time, by method.",
-            "",
-            *lines,
-            "",
-            "memory-test COMMAND --help lists a command's options.",
-        ]
-    )
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(text + "\n")
-
-
-def _complain(error: UsageError) -> int:
-    _note(f"memory-test: error: {error}")
-    return 2
+    return RESULTS / f"{stamp}-{config.experiment}-{config.file_label}-b{config.batch_size}.json"
 
 
 if __name__ == "__main__":

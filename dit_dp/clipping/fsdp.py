@@ -30,7 +30,7 @@ class Shards(Replicas):
 
     def all_agree(self, yes: bool) -> bool:
         """Ask every rank."""
-        return all(self._gather(yes))
+        return all(self.gather(yes))
 
     def same(self, parameter: Tensor, attached: Tensor | None) -> bool:
         """Also accept the full parameter by which FSDP2 replaces a shard between a group's forward and backward."""

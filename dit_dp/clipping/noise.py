@@ -4,6 +4,13 @@ On CPU, torch draws from the Mersenne Twister MT19937 (Matsumoto and Nishimura, 
 argument, so noise of one large tensor would tell which of the 4 billion streams it came from; here all 624 words of the
 state are filled. CUDA draws from Philox 4x32-10 (Salmon et al., 2011), whose key is the 64 bits of the seed.
 Neither is a cryptographic generator.
+
+**Not hardened.** The guarantee is that of noise that is a real number, and what is added is a float. Known attacks on
+that are not defended against: the low bits of a noised value tell which values it can have come from (Mironov, CCS
+2012, "On significance of the least significant bits for differential privacy"), for Gaussian noise too, and so does the
+time that drawing takes (Jin et al., S&P 2022, arXiv 2112.05307); the precision of the sum tells in the same way (Haney
+et al., 2022, arXiv 2207.13793). They need the exact gradients or weights that were released, or a clock at the machine.
+Who has to withstand them needs discrete noise on integers.
 """
 
 import numpy as np

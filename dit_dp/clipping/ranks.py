@@ -33,6 +33,11 @@ class Ranks:
     alone = True
     in_step = False
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that speaks and writes for all."""
+        return True
+
     def enter(self) -> None:
         """Take note that an engine is attached."""
 
@@ -42,6 +47,10 @@ class Ranks:
     def entropy(self, size: int) -> bytes:
         """Return random bytes from the operating system, the same on every rank."""
         return secrets.token_bytes(size)
+
+    def gather(self, mine: Any) -> list[Any]:
+        """Return every rank's value, the first rank's first; a collective call where there are several."""
+        return [mine]
 
     def all_agree(self, yes: bool) -> bool:
         """Return whether every rank that runs in step says yes."""
@@ -89,6 +98,11 @@ class Replicas(Ranks):
             raise EngineStateError("engine: its process group was destroyed; attach again after init_process_group()")
         return [group for group in groups if group is not None]
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the first of every group."""
+        return all(group.rank() == 0 for group in self._groups)
+
     def enter(self) -> None:
         """Have DDP neither reduce gradients nor broadcast buffers: a rank without units runs no forward."""
         if self._wrapper is not None:
@@ -113,8 +127,8 @@ class Replicas(Ranks):
             dist.broadcast_object_list(drawn, group=group, group_src=0)
         return drawn[0]
 
-    def _gather(self, mine: Any) -> list[Any]:
-        """Return every rank's value."""
+    def gather(self, mine: Any) -> list[Any]:
+        """Ask every rank."""
         found = [mine]
         for group in self._groups:
             lists: list[list[Any]] = [[]] * group.size()
@@ -130,7 +144,7 @@ class Replicas(Ranks):
         """
         state = b"" if generator is None else state_of(generator)
         fingerprint = hashlib.sha256(state).hexdigest()
-        found = self._gather({**values, "generator": fingerprint})
+        found = self.gather({**values, "generator": fingerprint})
         for name in (*values, "generator"):
             different = {rank[name] for rank in found}
             if len(different) > 1:

@@ -1,5 +1,7 @@
 """Privacy units: which rows of a batch are one person's, one set's, or one image's several noise draws.
 
+A map of rows to units holds data also where a step is only imagined: how rows lie together decides what is done.
+
 Shapes: R rows, U units, K rows of the largest unit.
 """
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_dp.clipping.batch import Batch, map_tensors
+from dit_dp.clipping.hardware import hardware
 from dit_dp.errors import UsageError
 
 ROW_TO_UNIT = "row_to_unit"
@@ -35,7 +38,12 @@ class Units:
         """
         if row_to_unit is None:
             return cls(num_rows, num_rows)
-        ids = row_to_unit.detach().cpu()
+        with hardware().with_data():
+            return cls._of_map(num_rows, row_to_unit.detach().cpu())
+
+    @classmethod
+    def _of_map(cls, num_rows: int, ids: Tensor) -> "Units":
+        """Check a map that is on the CPU."""
         if ids.shape != (num_rows,) or ids.is_floating_point() or ids.dtype == torch.bool:
             got = f"{ids.dtype} of shape {tuple(ids.shape)}"
             raise UsageError.for_value(ROW_TO_UNIT, got, f"an integer tensor of shape ({num_rows},), one entry a row")
@@ -58,19 +66,21 @@ class Units:
         assert self.row_to_unit is not None
         if self.num_rows % self.num_units:
             return False
-        regular = torch.arange(self.num_units).repeat_interleave(self.num_rows // self.num_units)
-        return torch.equal(self.row_to_unit, regular)
+        with hardware().with_data():
+            regular = torch.arange(self.num_units).repeat_interleave(self.num_rows // self.num_units)
+            return torch.equal(self.row_to_unit, regular)
 
     @cached_property
     def _slots(self) -> Tensor:
         """Row of each slot, (U, K); R where a unit has fewer than K rows."""
         assert self.row_to_unit is not None
-        counts = self.row_to_unit.bincount(minlength=self.num_units)
-        order = self.row_to_unit.argsort(stable=True)
-        place = torch.arange(self.num_rows) - (counts.cumsum(0) - counts)[self.row_to_unit[order]]
-        slots = torch.full((self.num_units, int(counts.max())), self.num_rows)
-        slots[self.row_to_unit[order], place] = order
-        return slots
+        with hardware().with_data():
+            counts = self.row_to_unit.bincount(minlength=self.num_units)
+            order = self.row_to_unit.argsort(stable=True)
+            place = torch.arange(self.num_rows) - (counts.cumsum(0) - counts)[self.row_to_unit[order]]
+            slots = torch.full((self.num_units, int(counts.max())), self.num_rows)
+            slots[self.row_to_unit[order], place] = order
+            return slots
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return (R, ...) as (U, K, ...), zero where a unit has fewer than K rows."""
@@ -103,7 +113,8 @@ class Units:
         if (start, stop) == (0, self.num_units):
             return slice(None), self
         size = self.num_rows // self.num_units
-        ids = torch.arange(stop - start).repeat_interleave(size)
+        with hardware().with_data():
+            ids = torch.arange(stop - start).repeat_interleave(size)
         return slice(start * size, stop * size), Units(len(ids), stop - start, ids)
 
     def take(self, batch: Batch, start: int, stop: int) -> tuple[Batch, "Units"]:

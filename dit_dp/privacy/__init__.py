@@ -1,5 +1,39 @@
-"""Privacy accounting: what a run costs, and the noise that a budget asks for."""
+"""Privacy: who is in a step, what a run costs, and the ledger of what it released."""
 
-from dit_dp.privacy.accounting import Mechanism, epsilon, noise_multiplier
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Mechanism", "epsilon", "noise_multiplier"]
+from dit_dp.privacy.accounting import Mechanism, check_delta, epsilon, epsilon_of
+from dit_dp.privacy.calibration import noise_multiplier, steps_within
+from dit_dp.privacy.entries import Facts, Position
+from dit_dp.privacy.ledger import Ledger
+from dit_dp.privacy.statement import PrivacyStatement
+
+if TYPE_CHECKING:
+    from dit_dp.privacy.sampling import KEY_SIZE, PoissonSampler, ShuffledSampler
+
+__all__ = [
+    "KEY_SIZE",
+    "Facts",
+    "Ledger",
+    "Mechanism",
+    "PoissonSampler",
+    "Position",
+    "PrivacyStatement",
+    "ShuffledSampler",
+    "check_delta",
+    "epsilon",
+    "epsilon_of",
+    "noise_multiplier",
+    "steps_within",
+]
+
+_NEED_TORCH = ("KEY_SIZE", "PoissonSampler", "ShuffledSampler")
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs torch when it is first asked for."""
+    if name in _NEED_TORCH:
+        from dit_dp.privacy import sampling
+
+        return getattr(sampling, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,7 +43,7 @@ class PhaseRunner:
             values = runner.log_values()
 
     To resume, build it with the number of the last finished step, load the optimizer's state and `load_averages`, and
-    go on with `apply(step + 1)`, which crosses a border if one is there.
+    go on with `apply(step + 1)`, which crosses a border if one is there. `dit_dp.training.checkpoint.restore` does so.
 
     Args:
         model: Has `parameter_groups`, or is `DistributedDataParallel` around one that has; given low-rank adapters if
@@ -182,6 +182,19 @@ class PhaseRunner:
         if len(groups) != 1 or [id(parameter) for parameter in groups[0]["params"]] != own:
             accepted = "one parameter group with the parameters it was given"
             raise UsageError.for_value("make_optimizer", f"an optimizer of {len(groups)} groups", accepted)
+
+    # --- what a checkpoint asks -----------------------------------------------------------------------------
+
+    @property
+    def phase_index(self) -> int:
+        """The number, from 0, of the phase that the step belongs to."""
+        return self._index
+
+    @property
+    def trainable_names(self) -> list[str]:
+        """Names of the parameters that train in any phase, in the model's order; all others stay as they are."""
+        chosen = {name for names in self._trainable for name in names}
+        return [name for name, _ in self.model.named_parameters() if name in chosen]
 
     # --- what is logged -------------------------------------------------------------------------------------
 

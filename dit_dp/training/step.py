@@ -1,6 +1,7 @@
 """One training step, the same for every method: the only training loop body of the project."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +20,25 @@ IMPLEMENTATIONS = {"foreach": {"foreach": True}, "fused": {"fused": True}, "for-
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], *, learning_rate: float, implementation: str
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    *,
+    learning_rate: float,
+    implementation: str,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    momentum: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """Return an optimizer without weight decay.
+    """Return an optimizer.
 
     Args:
         name: A key of `OPTIMIZERS`.
         parameters: What it updates.
         learning_rate: Step size.
         implementation: ``foreach``, ``fused`` or ``for-loop``; said explicitly, since each takes other memory.
+        weight_decay: Of all parameters.
+        betas: Of adamw and adam.
+        momentum: Of sgd.
 
     Raises:
         UsageError: Unknown name or implementation.
@@ -36,8 +47,9 @@ def make_optimizer(
         raise UsageError.for_value("optimizer", name, OPTIMIZERS)
     if implementation not in IMPLEMENTATIONS:
         raise UsageError.for_value("optimizer_impl", implementation, IMPLEMENTATIONS)
-    arguments = {"lr": learning_rate, "weight_decay": 0.0, **IMPLEMENTATIONS[implementation]}
-    optimizer: torch.optim.Optimizer = OPTIMIZERS[name](parameters, **arguments)  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, **IMPLEMENTATIONS[implementation]}
+    arguments |= {"momentum": momentum} if name == "sgd" else {"betas": betas}
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[name](parameters, **arguments)
     return optimizer
 
 
@@ -66,7 +78,7 @@ def train_step(
         generator: Source of the noise.
         ema: Updated with the parameters.
         on_phase: Told ``optimizer`` when the update begins; the engine announces the phases before.
-        row_to_unit: Gives the map of a batch's rows to units, such as `Objective.row_to_unit`; default: each row is one.
+        row_to_unit: Gives the map of a batch's rows to units, as `Objective.row_to_unit`; default: each row is one.
 
     Returns:
         (U,) norms before clipping, or `None` where the method has none.

@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from dit_dp.workloads.config import WorkloadConfig, WorkloadSpec
 from dit_dp.workloads.registry import WORKLOADS, Workload
+from dit_dp.workloads.stored import stored_spec
 
 if TYPE_CHECKING:
     from dit_dp.workloads.build import build_model, build_objective, input_shape
 
 _BUILT = ("build_model", "build_objective", "input_shape")
 
-__all__ = ["WORKLOADS", "Workload", "WorkloadConfig", "WorkloadSpec", "build_model", "build_objective", "input_shape"]
+__all__ = [
+    "WORKLOADS",
+    "Workload",
+    "WorkloadConfig",
+    "WorkloadSpec",
+    "build_model",
+    "build_objective",
+    "input_shape",
+    "stored_spec",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,11 +10,17 @@ import yaml
 
 from dit_dp import validate
 from dit_dp.errors import UsageError
+from dit_dp.models.registry import parse_model_name
 from dit_dp.objectives.config import ObjectiveConfig, shift_for
 from dit_dp.training.schedule import Schedule
-from dit_dp.workloads.registry import WORKLOADS, Workload
+from dit_dp.workloads.registry import DIT_SIZES, WORKLOADS, Workload
 
 _NAME = re.compile(r"([A-Za-z]+(?:-[A-Z]+)?)(?:/(\d+))?")
+_SIZES = {"hidden_size": "width", "depth": "depth", "num_heads": "heads"}
+"""Fields that may differ from the named model's, and the word for each."""
+
+_CHANNELS = {1: "1 (grey pixels)", 3: "3 (RGB pixels)", 4: "4 (VAE latents)"}
+
 _DERIVED = ("set_size", "context_shape", "learn_sigma", "class_dropout_prob")
 """Fields of an objective that follow from the model."""
 
@@ -33,7 +39,7 @@ class WorkloadConfig:
     patch_size: int | None = None
     """Side of a patch."""
     in_channels: int | None = None
-    """Channels of the model's input: 3 for pixels, 4 for VAE latents, 768 for RAE latents."""
+    """Channels of the model's input: 1 or 3 for pixels, 4 for VAE latents, 768 for RAE latents."""
     latent_downsample: int | None = None
     """Pixels per input position."""
     hidden_size: int | None = None
@@ -110,6 +116,20 @@ class WorkloadSpec:
         return WORKLOADS[self.name]
 
     @property
+    def label(self) -> str:
+        """The model for people: ``DiT-S/2 (depth 4)``; with the workload where another one has this name too."""
+        size = self.model.partition("/")[0]
+        named = self.workload.sizes.get(size, {})
+        owner = next((name for name, other in WORKLOADS.items() if size in other.sizes), self.name)
+        changes = [
+            f"{word} {_spoken(self.arguments[name])}"
+            for name, word in _SIZES.items()
+            if name in named and _spoken(self.arguments[name]) != _spoken(named[name])
+        ]
+        label = self.model if owner == self.name else f"{self.name} {self.model}"
+        return f"{label} ({', '.join(changes)})" if changes else label
+
+    @property
     def schedule(self) -> Schedule:
         """What trains when."""
         return Schedule.preset(self.train)
@@ -130,14 +150,14 @@ class _Resolver:
 
     def spec(self) -> WorkloadSpec:
         config, own = self.config, self.workload
+        for name in ("image_size", "in_channels", "latent_downsample", "patch_size"):
+            if getattr(config, name) is not None:
+                validate.integer(name, getattr(config, name))
         size, patch = self._name()
         image_size = self._chosen("image_size")
         channels = self._chosen("in_channels")
         self._check_channels(channels)
         downsample = config.latent_downsample or own.downsample.get(channels, 1)
-        for name in ("image_size", "in_channels", "latent_downsample", "patch_size"):
-            if getattr(config, name) is not None:
-                validate.integer(name, getattr(config, name))
         fix = f"one input position covers {downsample} pixels (latent_downsample)"
         validate.divisible("image_size", image_size, downsample, fix)
         latent_size = image_size // downsample
@@ -146,6 +166,7 @@ class _Resolver:
             validate.divisible("image_size", image_size, downsample * patch, fix)
         num_classes = self._num_classes()
         arguments = self._arguments(size)
+        self._check_widths(arguments)
         train = config.train or own.train
         Schedule.preset(train)
         dropout, learn_sigma = self._dropout(), self._learn_sigma()
@@ -187,22 +208,37 @@ class _Resolver:
         own, asked = self.workload, self._chosen("model")
         if not own.sizes:
             return asked, self.config.patch_size
+        if own.sizes is DIT_SIZES:
+            size, patch = parse_model_name(asked)
+            return size, self.config.patch_size or patch or own.patch_size
         match = _NAME.fullmatch(asked)
-        size, patch = match.groups() if match else (asked, None)
+        size, named_patch = match.groups() if match else (asked, None)
         if size not in own.sizes:
             accepted = [f"{name}/{own.patch_size}" for name in own.sizes]
             raise UsageError.for_value("model", asked, accepted, f"of the workload {self.config.workload}")
-        return size, self.config.patch_size or int(patch or own.patch_size)
+        return size, self.config.patch_size or int(named_patch or own.patch_size)
 
     def _check_channels(self, channels: int) -> None:
         """Refuse latents where pixels are expected, and channels that no input has."""
         own = self.workload
-        accepted = sorted({*own.downsample, own.in_channels, 3} if own.frontend else {1, 3})
+        accepted = sorted({*own.downsample, own.in_channels, 1, 3} if own.frontend else {1, 3})
         if own.family == "diffusers":
             accepted = [4]
         if own.family != "ddt" and channels not in accepted:
-            kind = "pixels only" if not own.frontend else "3 (RGB pixels), 4 (VAE latents)"
-            raise UsageError.for_value("in_channels", channels, accepted, f"{self.config.workload} takes {kind}")
+            fix = None if own.frontend else f"{self.config.workload} takes pixels only"
+            if own.family == "diffusers":
+                fix = "pretrained DiT takes 4-channel VAE latents; drop --pretrained"
+            raise UsageError.for_value("in_channels", channels, [_CHANNELS[number] for number in accepted], fix)
+
+    def _check_widths(self, arguments: Mapping[str, Any]) -> None:
+        """Refuse widths that cannot be split over heads or given positions; for pairs, of each."""
+        if self.workload.family in ("diffusers", "panda"):  # the checkpoint's, or each head as wide as a token
+            return
+        pairs = [arguments[name] for name in ("hidden_size", "num_heads")]
+        widths, heads = (list(value) if isinstance(value, (tuple, list)) else [value] for value in pairs)
+        for width, count in zip(widths, heads, strict=False):
+            validate.divisible("hidden_size", width, count, f"it is split over {count} heads")
+            validate.divisible("hidden_size", width, 4, "the 2-D sin-cos positions need a multiple of 4")
 
     def _num_classes(self) -> int | None:
         own, asked = self.workload, self.config.num_classes
@@ -273,6 +309,11 @@ def _context_shape(arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
     width = arguments["hidden_size"]
     tokens = (arguments["input_size"] // arguments["patch_size"]) ** 2
     return (width,) if arguments["conditioning"] == "film" else (tokens, width)
+
+
+def _spoken(value: Any) -> str:
+    """Return a size for people; of two streams, both."""
+    return "/".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def _parsed(field: str, items: tuple[str, ...]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dit_dp.objectives.config import ObjectiveConfig
 
 Sampler = Literal["ancestral", "ddim", "euler"]
 Frontend = Literal["vae", "rae"]
+Unit = Literal["image", "set"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +64,14 @@ class Workload:
     ema_decay: float = 0.9999
 
     @property
-    def unit(self) -> str:
+    def unit(self) -> Unit:
         """What one privacy unit is: ``image`` or ``set``."""
         return "image" if self.objective.set_size is None else "set"
 
 
-_DIT_SIZES = {name: asdict(size) for name, size in MODELS.items()}
+DIT_SIZES = {name: asdict(size) for name, size in MODELS.items()}
+"""Sizes that are named as DiT's are, by `dit_dp.models.parse_model_name`."""
+
 _VAE = {4: 8}
 _RAE_CHANNELS = 768
 
@@ -76,10 +79,10 @@ WORKLOADS: dict[str, Workload] = {
     "dit": Workload(
         summary="DiT on latents or pixels (arXiv 2212.09748)",
         family="dit",
-        sizes=_DIT_SIZES,
+        sizes=DIT_SIZES,
         model="DiT-XL/2",
         downsample=_VAE,
-        options={"mlp_ratio": 4.0},
+        options={"mlp_ratio": 4.0, "condition_init": "reference"},
         objective=ObjectiveConfig(learn_sigma=True),
         frontend="vae",
     ),
@@ -95,7 +98,7 @@ WORKLOADS: dict[str, Workload] = {
     "x2": Workload(
         summary="a second stream of finer patches, trained on a frozen DiT",
         family="x2",
-        sizes=_DIT_SIZES,
+        sizes=DIT_SIZES,
         model="DiT-XL/2",
         downsample=_VAE,
         options={

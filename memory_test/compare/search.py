@@ -16,6 +16,7 @@ import torch
 
 from dit_dp.clipping import attach
 from dit_dp.clipping.auto import AutoEngine
+from dit_dp.clipping.batch import num_rows
 from dit_dp.clipping.planner import Curve, Plan, Step
 from dit_dp.clipping.units import Units
 from memory_test.core.config import ExperimentConfig
@@ -62,13 +63,14 @@ class _Subject:
         data = build_data(self.resolved)
         self.batch = data.batch(config.batch_size)
         self.loss_fn = loss_function(data, "float32")
-        self.units = Units(config.batch_size, config.batch_size)
+        self.row_to_unit = data.row_to_unit(self.batch)
+        self.units = Units.of(num_rows(self.batch), self.row_to_unit)
 
     def attach(self, budget: int | None) -> AutoEngine:
         """Return an engine that has taken a step, and so has a plan."""
         engine = attach(self.model, "auto", 1.0, memory_budget=budget)
         assert isinstance(engine, AutoEngine)
-        engine.accumulate(self.loss_fn, self.batch)
+        engine.accumulate(self.loss_fn, self.batch, self.row_to_unit)
         engine.zero_grad()
         return engine
 
@@ -76,7 +78,7 @@ class _Subject:
         """Return the CPU time of one clipped sum by a plan."""
         engine.follow(plan)
         start = time.thread_time()
-        engine.accumulate(self.loss_fn, self.batch)
+        engine.accumulate(self.loss_fn, self.batch, self.row_to_unit)
         seconds = time.thread_time() - start
         engine.zero_grad()
         return seconds

@@ -7,6 +7,7 @@ from memory_test.compare.schema import Comparison, Contender, Spread
 from memory_test.core.units import format_bytes, format_seconds
 from memory_test.report.markdown import environment_line
 from memory_test.report.tables import escape, markdown_table, plain_table
+from memory_test.sweep.summary import describe_training
 
 HEADINGS = (
     "contender",
@@ -91,12 +92,17 @@ def terminal_page(comparison: Comparison) -> str:
 def subject(comparison: Comparison) -> str:
     """Return what was trained, in one line."""
     c = comparison.contenders[0].config_resolved
-    size = f"width {c['hidden_size']}, depth {c['depth']}" if c["hidden_size"] else c["model"]
+    size = f"width {_both(c['hidden_size'])}, depth {_both(c['depth'])}" if c["hidden_size"] else c["model"]
     threads = f", {c['num_threads']} threads" if c["device"] == "cpu" else ""
     sizes = [] if c["num_tokens"] is None else [size, f"{c['image_size']} px", f"T = {c['num_tokens']}"]
     parts = [str(c["model"]).partition(" (")[0], *sizes]
     text = ", ".join([*parts, f"batch {c['batch_size']}", str(c["dtype"]), str(c["optimizer"])])
-    return text + threads.replace("1 threads", "1 thread")
+    return text + threads.replace("1 threads", "1 thread") + describe_training(c)
+
+
+def _both(value: Any) -> str:
+    """Return a size for people; of two streams, both."""
+    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def protocol_line(comparison: Comparison) -> str:

@@ -7,7 +7,7 @@ was born in, or the phases in which it was born and died.
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from memory_test.core.schema import BREAKDOWN, Timeline
@@ -23,6 +23,9 @@ TAG_PRIORITY = (
 """Where one allocation carries several tags, the first of these wins."""
 
 MAX_TIMELINE_POINTS = 600
+
+ELSEWHERE = "elsewhere"
+"""What belongs to no part of the model."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,16 @@ class Tag:
     mark: int
     address: int
     category: str
+    part: str | None = None
+    """The model's part that it belongs to, if it is known."""
+
+
+@dataclass(frozen=True)
+class PartMark:
+    """From the event at `position` on, or until a phase begins, a part of the model runs; `None`: none of them."""
+
+    position: int
+    part: str | None
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,7 @@ class Log:
     events: Sequence[Event]
     marks: Sequence[Mark]
     tags: Sequence[Tag] = field(default_factory=tuple)
+    parts: Sequence[PartMark] = field(default_factory=tuple)
 
 
 @dataclass(frozen=True)
@@ -147,24 +161,58 @@ def breakdown(log: Log, position: int, measured_peak: int) -> dict[str, int]:
     Returns:
         Bytes by category; they add up to `measured_peak`.
     """
-    born = allocations(log.events)
-    categories = _tagged(log, born)
     result = dict.fromkeys(BREAKDOWN, 0)
-    for allocation in born:
-        if allocation.alive_at(position):
-            result[categories.get((allocation.address, allocation.born)) or _by_life(log, allocation)] += (
-                allocation.size
-            )
+    for category, _, size in _held_at(log, position):
+        result[category] += size
     result["unattributed"] = measured_peak - sum(result.values())
     return result
 
 
-def _tagged(log: Log, born: Sequence[Allocation]) -> dict[tuple[int, int], str]:
+def breakdown_by_part(log: Log, position: int) -> dict[str, dict[str, int]]:
+    """Attribute what was allocated at one instant to the parts of the model.
+
+    What belongs to a parameter (itself, its gradient, its optimizer state) is its part's. All else is the part's in
+    whose forward, recomputed forward or backward it was born; a part's backward begins where the gradient of its output
+    is known and ends where that of another part's is.
+
+    Returns:
+        Bytes by part and category, nothing where there is none; `ELSEWHERE` is what no part was running for, such as
+        the loss. A category adds up to that of `breakdown`. Empty if the log knows no parts.
+    """
+    result: dict[str, dict[str, int]] = {}
+    for category, part, size in _held_at(log, position) if log.parts else ():
+        sizes = result.setdefault(part or ELSEWHERE, {})
+        sizes[category] = sizes.get(category, 0) + size
+    return result
+
+
+def _held_at(log: Log, position: int) -> Iterator[tuple[str, str | None, int]]:
+    """Yield category, part and size of every allocation that exists after the event at `position`."""
+    born = allocations(log.events)
+    tags = _tagged(log, born)
+    for allocation in born:
+        if allocation.alive_at(position):
+            tag = tags.get((allocation.address, allocation.born))
+            category = _by_life(log, allocation) if tag is None else tag.category
+            part = None if tag is None else tag.part
+            yield category, part or _part_at(log, allocation.born), allocation.size
+
+
+def _part_at(log: Log, position: int) -> str | None:
+    """Return the part of the model that ran at an event, in the phase that the event falls into."""
+    index = bisect_right(log.parts, position, key=lambda mark: mark.position) - 1
+    phase = _mark_before(log, position)
+    if index < 0 or phase < 0 or log.parts[index].position < log.marks[phase].position:
+        return None
+    return log.parts[index].part
+
+
+def _tagged(log: Log, born: Sequence[Allocation]) -> dict[tuple[int, int], Tag]:
     """Return the winning tag of each tagged allocation, keyed by address and birth."""
     births: dict[int, list[Allocation]] = defaultdict(list)
     for allocation in sorted(born, key=lambda item: item.born):
         births[allocation.address].append(allocation)
-    categories: dict[tuple[int, int], str] = {}
+    tags: dict[tuple[int, int], Tag] = {}
     for tag in log.tags:
         before = log.marks[tag.mark].position - 1
         candidates = births.get(tag.address, [])
@@ -172,10 +220,10 @@ def _tagged(log: Log, born: Sequence[Allocation]) -> dict[tuple[int, int], str]:
         if index < 0 or not candidates[index].alive_at(before):
             continue
         key = (tag.address, candidates[index].born)
-        held = categories.get(key)
-        if held is None or TAG_PRIORITY.index(tag.category) < TAG_PRIORITY.index(held):
-            categories[key] = tag.category
-    return categories
+        held = tags.get(key)
+        if held is None or TAG_PRIORITY.index(tag.category) < TAG_PRIORITY.index(held.category):
+            tags[key] = tag
+    return tags
 
 
 def _mark_before(log: Log, position: int) -> int:

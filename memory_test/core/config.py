@@ -1,7 +1,9 @@
 """What is measured: one frozen configuration, validated where it is made, resolved before it runs."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
@@ -9,27 +11,21 @@ import tyro
 from dit_dp import validate
 from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UsageError
-from dit_dp.models.registry import LATENT_DOWNSAMPLE, MODELS, parse_model_name
+from dit_dp.workloads.config import WorkloadSpec
+from memory_test.core.model_args import OF_MODEL, ModelArgs
 
-DECIDED = (
-    "image_size",
-    "patch_size",
-    "in_channels",
-    "latent_downsample",
-    "hidden_size",
-    "depth",
-    "num_heads",
-    "num_classes",
-    "class_dropout_prob",
-    "learn_sigma",
-    "activation_checkpointing",
-    "data",
-)
+NUM_DIGITS = 10
+"""Classes of scikit-learn's digits."""
+
+DECIDED = (*(name for name in OF_MODEL if name != "pretrained"), "data")
 """Fields that a callable of the user's own decides: at their defaults when asked for, `None` when resolved."""
+
+DERIVED = ("latent_size", "num_tokens", "unit", "rows_per_unit", "trained_groups")
+"""What a resolved configuration says beside the fields; `None` for a model of the user's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentConfig:
+class ExperimentConfig(ModelArgs):
     """One cell: a method, a model, a batch and how to measure them.
 
     The same class makes the command line, the YAML sweeps and the `config_requested` of a record.
@@ -39,40 +35,13 @@ class ExperimentConfig:
 
     experiment: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(METHODS) + "}")]
     """Method to measure."""
-    model: str = "DiT-XL/2"
-    """DiT-{S,B,L,XL}/{2,4,8}; with --pretrained a hub name or a local folder; or module:callable of your own,
-    which returns (model, loss_fn, batch) with loss_fn(model, batch) one loss per example, or a model whose method
-    make_batch(num_examples) returns (loss_fn, batch)."""
-    pretrained: bool = False
-    """Load diffusers' DiTTransformer2DModel and its weights from MODEL."""
-    image_size: int = 256
-    """Side of the image in pixels."""
-    patch_size: int | None = None
-    """Side of a patch; default: the one the model's name says."""
-    in_channels: int = 4
-    """4: VAE latents; 3: RGB pixels."""
-    latent_downsample: int | None = None
-    """Pixels per input position; default 8 with 4 channels, 1 with 3."""
-    hidden_size: int | None = None
-    """Width, if not the named model's."""
-    depth: int | None = None
-    """Number of blocks, if not the named model's."""
-    num_heads: int | None = None
-    """Attention heads, if not the named model's."""
-    num_classes: int = 1000
-    """Number of labels, without the null label."""
-    class_dropout_prob: float = 0.1
-    """Probability that an example's label is dropped."""
-    learn_sigma: bool = True
-    """Predict variances too (twice the output channels)."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass."""
     compile: bool = False
     """torch.compile the model (inductor); the first step's time includes compilation."""
     data: Literal["synthetic", "digits"] = "synthetic"
-    """Standard normal inputs, or scikit-learn's digits resized (3 channels)."""
+    """Standard normal inputs, or scikit-learn's digits resized (3 channels); sets are made of them."""
     batch_size: int = 1
-    """Examples in a physical batch; a fixed batch of your own is cut or repeated to as many rows."""
+    """Examples (privacy units: images, or sets) in a physical batch; a fixed batch of your own is cut or repeated to
+    as many rows."""
     accumulation: int = 1
     """Physical batches per step: their clipped sums are added up before noise and update."""
     num_iter: int = 3
@@ -109,77 +78,47 @@ class ExperimentConfig:
     """Longest time for one process."""
 
     def __post_init__(self) -> None:
+        """Check every field, alone and together."""
+        super().__post_init__()
         validate.one_of("experiment", self.experiment, METHODS)
-        for name in ("image_size", "batch_size", "accumulation", "num_iter", "repeats", "num_classes"):
+        for name in ("batch_size", "accumulation", "num_iter", "repeats"):
             validate.integer(name, getattr(self, name))
         validate.integer("warmup", self.warmup, minimum=0)
         validate.integer("seed", self.seed, minimum=0)
-        for name in ("patch_size", "latent_downsample", "hidden_size", "depth", "num_heads", "num_threads"):
-            if getattr(self, name) is not None:
-                validate.integer(name, getattr(self, name))
+        if self.num_threads is not None:
+            validate.integer("num_threads", self.num_threads)
         for name in ("learning_rate", "max_grad_norm", "timeout_s"):
             validate.real(name, getattr(self, name), positive=True)
         validate.real("noise_multiplier", self.noise_multiplier, positive=False)
-        validate.real("class_dropout_prob", self.class_dropout_prob, positive=False)
-        if self.class_dropout_prob > 1:
-            raise UsageError.for_value("class_dropout_prob", self.class_dropout_prob, "a number from 0 to 1")
         for name in ("memory_limit_gib", "memory_budget_gib"):
             if getattr(self, name) is not None:
                 validate.real(name, getattr(self, name), positive=True)
         for name in ("device", "dtype", "optimizer", "optimizer_impl", "data"):
             validate.one_of(name, getattr(self, name), get_args(_HINTS[name]))
         if self.is_custom:
-            self._check_custom()
+            assert self.model is not None
+            self._refuse_given(["data"], self.model)
         else:
-            self._check_shapes()
-        self._check_combinations()
+            self._check_workload(self.spec)
+        self._check_method()
 
-    def _check_custom(self) -> None:
-        check_spec(self.model)
-        for name in DECIDED:
-            if getattr(self, name) != _DEFAULTS[name]:
-                raise UsageError.for_value(
-                    name, getattr(self, name), "no value", f"{self.model} decides it; drop the option"
-                )
+    def _check_workload(self, spec: WorkloadSpec) -> None:
+        """Refuse data that the model cannot take, and a method that cannot take the workload's units."""
+        if self.data == "digits":
+            if spec.in_channels != 3:
+                fix = "digits are pixels, so they need --in-channels 3"
+                raise UsageError.for_value("data", self.data, "synthetic", fix)
+            if spec.num_classes is not None and spec.num_classes < NUM_DIGITS:
+                fix = "class ids of digits are 0 to 9"
+                raise UsageError.for_value("num_classes", spec.num_classes, f">= {NUM_DIGITS} for digits", fix)
+        rows = spec.objective.rows_per_unit
+        if rows > 1 and METHODS[self.experiment].peer:
+            ours = [name for name, method in METHODS.items() if not method.peer]
+            fix = f"it takes every row for an example, and a unit here has {rows}"
+            raise UsageError.for_value("experiment", self.experiment, ours, fix)
 
-    def _check_shapes(self) -> None:
-        if self.in_channels not in (3, 4):
-            raise UsageError.for_value("in_channels", self.in_channels, "3 (RGB pixels), 4 (VAE latents)")
-        downsample = self.resolved_latent_downsample
-        validate.divisible(
-            "image_size",
-            self.image_size,
-            downsample,
-            f"one input position covers {downsample} pixels (latent_downsample)",
-        )
-        if self.pretrained:  # the checkpoint says which architecture it is; checked where it is loaded
-            for name in ("hidden_size", "depth", "num_heads"):
-                if getattr(self, name) is not None:
-                    raise UsageError.for_value(name, getattr(self, name), "None", "the checkpoint says it")
-            return
-        patch = self.resolved_patch_size
-        validate.divisible(
-            "image_size",
-            self.image_size,
-            downsample * patch,
-            f"the input is {self.latent_size} positions wide and patch_size is {patch}",
-        )
-        width, heads = self.resolved_size("hidden_size"), self.resolved_size("num_heads")
-        validate.divisible("hidden_size", width, heads, f"it is split over {heads} heads")
-        validate.divisible("hidden_size", width, 4, "the 2-D sin-cos positions need a multiple of 4")
-
-    def _check_combinations(self) -> None:
-        if self.pretrained and self.in_channels != 4:
-            raise UsageError.for_value(
-                "in_channels",
-                self.in_channels,
-                "4",
-                "pretrained DiT takes 4-channel VAE latents; drop --pretrained",
-            )
-        if self.data == "digits" and self.in_channels != 3:
-            raise UsageError.for_value(
-                "data", self.data, "synthetic", "digits are pixels, so they need --in-channels 3"
-            )
+    def _check_method(self) -> None:
+        """Refuse what the method cannot do."""
         if self.dtype == "bf16" and not METHODS[self.experiment].supports_autocast:
             raise UsageError.for_value(
                 "dtype",
@@ -208,46 +147,15 @@ class ExperimentConfig:
             )
 
     @property
-    def is_custom(self) -> bool:
-        """Whether `model` is ``module:callable``, a model of the user's own."""
-        return is_custom(self.model, self.pretrained)
+    def file_label(self) -> str:
+        """The model's label in a file name."""
+        name = Path(self.model_label).name if self.pretrained else self.model_label
+        return "-".join(re.findall(r"[\w.]+", name))
 
-    @property
-    def resolved_latent_downsample(self) -> int:
-        """Pixels per input position."""
-        if self.latent_downsample is not None:
-            return self.latent_downsample
-        return LATENT_DOWNSAMPLE if self.in_channels == 4 else 1
-
-    @property
-    def latent_size(self) -> int:
-        """Side of the model's input in positions."""
-        return self.image_size // self.resolved_latent_downsample
-
-    @property
-    def resolved_patch_size(self) -> int:
-        """Patch size asked for, else the model name's, else 2."""
-        return self.patch_size or (None if self.pretrained else parse_model_name(self.model)[1]) or 2
-
-    @property
-    def model_label(self) -> str:
-        """The model's name with its patch size, and what differs from the named sizes: ``DiT-S/2 (depth 4)``."""
-        if self.pretrained or self.is_custom:
-            return self.model
-        named = MODELS[parse_model_name(self.model)[0]]
-        changes = [
-            f"{word} {getattr(self, name)}"
-            for name, word in (("hidden_size", "width"), ("depth", "depth"), ("num_heads", "heads"))
-            if getattr(self, name) not in (None, getattr(named, name))
-        ]
-        label = f"{parse_model_name(self.model)[0]}/{self.resolved_patch_size}"
-        return f"{label} ({', '.join(changes)})" if changes else label
-
-    def resolved_size(self, name: Literal["hidden_size", "depth", "num_heads"]) -> int:
-        """Width, depth or number of heads: asked for, else the named model's."""
-        asked: int | None = getattr(self, name)
-        value: int = asked or getattr(MODELS[parse_model_name(self.model)[0]], name)
-        return value
+    def as_dict(self) -> dict[str, Any]:
+        """Return every field, as JSON holds it."""
+        fields: dict[str, Any] = _listed(dataclasses.asdict(self))
+        return fields
 
     def resolve(self, *, device: str, num_threads: int) -> dict[str, Any]:
         """Return the configuration with every default made explicit.
@@ -257,10 +165,12 @@ class ExperimentConfig:
             num_threads: CPU threads used when none were asked for.
 
         Returns:
-            A JSON-ready mapping: every field, plus `latent_size` and `num_tokens` (T). The pretrained
-            model's sizes are `None` here and known once it is loaded; so is all that a callable of the user's decides.
+            A JSON-ready mapping: every field, plus `DERIVED`: `latent_size`, `num_tokens` (T), `unit` (image or set),
+            `rows_per_unit`, and `trained_groups`, the groups of parameters that train in step 1. `model_options` are
+            all arguments of the model's class and `objective` all of the objective. The pretrained model's sizes are
+            `None` here and known once it is loaded; so is all that a callable of the user's decides.
         """
-        resolved = dataclasses.asdict(self)
+        resolved = self.as_dict()
         resolved.update(
             self._sizes(),
             device=device,
@@ -274,31 +184,44 @@ class ExperimentConfig:
     def _sizes(self) -> dict[str, Any]:
         """Return the model's part of the resolved configuration."""
         if self.is_custom:
-            return dict.fromkeys((*DECIDED, "latent_size", "num_tokens"))
-        patch = self.resolved_patch_size
-        sizes: dict[str, Any] = {
-            "patch_size": patch,
-            "latent_downsample": self.resolved_latent_downsample,
-            "latent_size": self.latent_size,
-            "num_tokens": (self.latent_size // patch) ** 2,
+            return dict.fromkeys((*DECIDED, *DERIVED))
+        spec = self.spec
+        own = (
+            "image_size",
+            "patch_size",
+            "in_channels",
+            "latent_downsample",
+            "latent_size",
+            "num_tokens",
+            "num_classes",
+        )
+        sizes: dict[str, Any] = {name: getattr(spec, name) for name in (*own, "train")}
+        sizes |= {name: spec.arguments.get(name) for name in ("hidden_size", "depth", "num_heads")}
+        sizes |= {
+            name: getattr(spec.objective, name) for name in ("class_dropout_prob", "learn_sigma", "rows_per_unit")
         }
-        if not self.pretrained:
-            sizes["model"] = self.model_label
-            for name in ("hidden_size", "depth", "num_heads"):
-                sizes[name] = self.resolved_size(name)
-        return sizes
+        sizes |= {"model": spec.label, "unit": spec.workload.unit, "trained_groups": spec.schedule.phases[0].groups}
+        sizes |= {"model_options": dict(spec.arguments), "objective": dataclasses.asdict(spec.objective)}
+        listed: dict[str, Any] = _listed(sizes)
+        return listed
 
 
-def is_custom(model: str, pretrained: bool) -> bool:
-    """Return whether a model is named as ``module:callable``."""
-    return ":" in model and not pretrained
+def _listed(value: Any) -> Any:
+    """Return nested values with lists for tuples."""
+    if isinstance(value, dict):
+        return {name: _listed(item) for name, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def check_spec(model: str) -> None:
-    """Raise `UsageError` unless a name is ``module:callable`` in Python's words."""
-    module, _, attribute = model.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
-        raise UsageError.for_value("model", model, "module:callable, such as my_package.models:make_model")
+def experiment_of(args: ModelArgs, method: str = "vanilla", **changes: Any) -> ExperimentConfig:
+    """Return the experiment with a method that other arguments describe: what they have in common with it.
+
+    Raises:
+        UsageError: The method cannot run so.
+    """
+    shared = {field.name for field in dataclasses.fields(args)} & {f.name for f in dataclasses.fields(ExperimentConfig)}
+    given = {name: value for name in shared if (value := getattr(args, name)) is not None}
+    return ExperimentConfig(**{**given, **changes, "experiment": method})
 
 
 def no_budget(method: str) -> str:
@@ -312,4 +235,3 @@ def _methods_with(ability: str) -> str:
 
 
 _HINTS = get_type_hints(ExperimentConfig)
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ExperimentConfig)}

@@ -30,7 +30,7 @@ class Oracle:
 
     Attributes:
         max_grad_norm: C, the median of the norms: about half of the examples are clipped.
-        norms: Per-example gradient norms before clipping.
+        norms: Per-unit gradient norms before clipping.
     """
 
     max_grad_norm: float
@@ -48,9 +48,10 @@ def write_oracle(resolved: dict[str, Any], path: Path) -> Oracle:
     torch.set_num_threads(resolved["num_threads"])
     model, data, batch = _subject(resolved)
     groups = _groups(model, resolved["experiment"])
-    _, norms = clipped_sum(model, data.objective, batch, 1.0)
+    units = data.row_to_unit(batch)
+    _, norms = clipped_sum(model, data.objective, batch, 1.0, units)
     found = Oracle(max_grad_norm=median(norms.tolist()), norms=norms.tolist())
-    total, _ = clipped_sum(model, data.objective, batch, found.max_grad_norm, groups=groups)
+    total, _ = clipped_sum(model, data.objective, batch, found.max_grad_norm, units, groups)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in total.items()}
     save_file(tensors, path, metadata={"oracle": json.dumps(vars(found))})
     return found
@@ -78,7 +79,7 @@ def gradient_error(resolved: dict[str, Any], oracle: Path, on_progress: Callable
             on_phase=lambda phase: on_progress(f"gradient error: {phase}"),
             **engine_options(resolved),
         )
-        engine.accumulate(loss_function(data, resolved["dtype"]), batch)
+        engine.accumulate(loss_function(data, resolved["dtype"]), batch, data.row_to_unit(batch))
         engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
         off, size = 0.0, 0.0
         for name, parameter in engine.parameters.items():

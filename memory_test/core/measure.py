@@ -1,5 +1,6 @@
 """The loop every number comes from: one function, run once with clocks and once with allocator meters."""
 
+import contextlib
 import gc
 import resource
 import sys
@@ -16,6 +17,7 @@ from dit_dp.clipping.engine import Engine
 from dit_dp.training import Ema, make_optimizer, train_step
 from memory_test.core import breakdown as logs
 from memory_test.core.meters import END, Clock, MemoryReading, Meter, Times, memory_meter
+from memory_test.core.parts import parts_by_name, parts_told
 from memory_test.core.schema import PHASES, PhaseRecord, Repeat
 from memory_test.core.workload import Data, build, engine_options, loss_function
 
@@ -131,12 +133,14 @@ def run_loop(
     loss_fn = loss_function(data, resolved["dtype"])
     batch: Batch = {}
     meter.hold(lambda: _holdings(engine, optimizer, ema, batch))
+    told = meter.tell_part if wrap is None and not resolved["compile"] else None
     settings: dict[str, Any] = {
         "noise_multiplier": resolved["noise_multiplier"],
         "expected_batch_size": resolved["batch_size"] * resolved["accumulation"] * resolved.get("world_size", 1),
         "generator": data.device_generator,
         "ema": ema,
         "on_phase": announce,
+        "row_to_unit": data.row_to_unit,
     }
 
     def batches() -> Iterator[Batch]:
@@ -147,11 +151,12 @@ def run_loop(
             batch = data.batch(resolved["batch_size"])
             yield batch
 
-    for step in range(1, num_steps + 1):
-        if gate is not None:
-            gate(step)
-        train_step(engine, optimizer, loss_fn, batches(), **settings)
-        announce(END)
+    with contextlib.nullcontext() if told is None else parts_told(engine.model, told):
+        for step in range(1, num_steps + 1):
+            if gate is not None:
+                gate(step)
+            train_step(engine, optimizer, loss_fn, batches(), **settings)
+            announce(END)
     return _choices(engine)
 
 
@@ -180,24 +185,26 @@ def _build(
 
 def _holdings(
     engine: Engine, optimizer: torch.optim.Optimizer, ema: Ema | None, batch: Batch
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield everything held now, with its category."""
-    model = engine.model
-    for parameter in model.parameters():
-        yield "parameters", _local(parameter)
+) -> Iterator[tuple[str, Tensor, str | None]]:
+    """Yield everything held now, with its category and, where it is a parameter's, its part of the model."""
+    model, parts = engine.model, parts_by_name(engine.model)
+    for name, parameter in model.named_parameters():
+        yield "parameters", _local(parameter), parts.get(name)
         if parameter.grad is not None:
-            yield "gradients", _local(parameter.grad)
+            yield "gradients", _local(parameter.grad), parts.get(name)
     for buffer in model.buffers():
-        yield "parameters", buffer
-    for state in optimizer.state.values():
+        yield "parameters", buffer, None
+    owners: dict[Tensor, str | None] = {p: parts.get(name) for name, p in engine.parameters.items()}
+    for owner, state in optimizer.state.items():
         for value in state.values():
             if isinstance(value, Tensor):
-                yield "optimizer_state", _local(value)
-    for average in ema.tensors if ema else ():
-        yield "optimizer_state", _local(average)
-    yield from engine.tracked_tensors()
+                yield "optimizer_state", _local(value), owners.get(owner)
+    for part, average in zip(owners.values(), ema.tensors if ema else (), strict=False):
+        yield "optimizer_state", _local(average), part
+    for category, tensor in engine.tracked_tensors():
+        yield category, tensor, None
     for tensor in tensors_of(batch):
-        yield "input", tensor
+        yield "input", tensor, None
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -243,6 +250,7 @@ def summarise(reading: MemoryReading, times: Times, steady: range, peak_rss: int
         step_times_s=[times.steps[step] for step in steady],
         phases={phase: _phase(phase, reading, totals, times, steady, later) for phase in _phases_seen(log)},
         breakdown_bytes=logs.breakdown(log, position, peak),
+        breakdown_by_part=logs.breakdown_by_part(log, position),
         timeline=logs.timeline(log, last, reading.baseline),
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dit_dp.clipping.hardware import NORM_SCOPE
-from memory_test.core.breakdown import Event, Log, Mark, Tag
+from memory_test.core.breakdown import Event, Log, Mark, PartMark, Tag
 from memory_test.core.nvml import DeviceUse, device_use
 
 END = "idle"
@@ -25,8 +25,8 @@ END = "idle"
 _SCOPE_FUNCTIONS = frozenset({"observe", "capture_backprops_hook"})
 """Functions whose allocations are norm and Gram buffers; the CUDA allocator's history has Python frames, not ranges."""
 
-Holdings = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Yields (category, tensor) for everything held now."""
+Holdings = Callable[[], Iterable[tuple[str, Tensor, str | None]]]
+"""Yields (category, tensor, part of the model) for everything held now."""
 
 
 class Meter(ABC):
@@ -39,6 +39,11 @@ class Meter(ABC):
     @abstractmethod
     def hold(self, holdings: Holdings) -> None:
         """Learn how to ask which tensors are held."""
+
+    @property
+    def tell_part(self) -> Callable[[str | None], None] | None:
+        """Who is told which part of the model runs; `None`: nobody, and then nobody looks."""
+        return None
 
 
 # --- time -----------------------------------------------------------------------------------------------------
@@ -130,6 +135,7 @@ class TaggingMeter(Meter):
     def __init__(self) -> None:
         self._steps: list[tuple[int, str]] = []
         self._tags: list[Tag] = []
+        self._parts: list[str | None] = []
         self._holdings: Holdings | None = None
 
     def hold(self, holdings: Holdings) -> None:
@@ -140,11 +146,20 @@ class TaggingMeter(Meter):
         """Note the position in the log and who holds what."""
         self._note_position(len(self._steps), step, phase)
         if self._holdings is not None:
-            for category, tensor in self._holdings():
+            for category, tensor, part in self._holdings():
                 address = self._address(tensor)
                 if address is not None:
-                    self._tags.append(Tag(len(self._steps), address, category))
+                    self._tags.append(Tag(len(self._steps), address, category, part))
         self._steps.append((step, phase))
+
+    @property
+    def tell_part(self) -> Callable[[str | None], None]:
+        """Who is told which part of the model runs."""
+        return self._begin_part
+
+    def _begin_part(self, part: str | None) -> None:
+        self._note_part(len(self._parts))
+        self._parts.append(part)
 
     def _address(self, tensor: Tensor) -> int | None:
         """Return the address of a tensor's storage in the log; `None` if it is not there."""
@@ -153,6 +168,10 @@ class TaggingMeter(Meter):
     @abstractmethod
     def _note_position(self, index: int, step: int, phase: str) -> None:
         """Make mark number `index` findable in the log."""
+
+    @abstractmethod
+    def _note_part(self, index: int) -> None:
+        """Make the beginning of part number `index` findable in the log."""
 
 
 class MemoryMeter(TaggingMeter):
@@ -174,7 +193,7 @@ class MemoryMeter(TaggingMeter):
 class CpuMemoryMeter(MemoryMeter):
     """The CPU allocator's every allocation, operators' temporaries included, from the profiler's events."""
 
-    _PREFIX = "memory_test.mark:"
+    _PREFIX, _PART = "memory_test.mark:", "memory_test.part:"
 
     def __enter__(self) -> Self:
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -188,22 +207,27 @@ class CpuMemoryMeter(MemoryMeter):
         with record_function(f"{self._PREFIX}{index}"):
             pass
 
+    def _note_part(self, index: int) -> None:
+        with record_function(f"{self._PART}{index}"):
+            pass
+
     def read(self) -> MemoryReading:
         """Walk the profiler's event tree once."""
         assert self._profile.profiler is not None
         assert self._profile.profiler.kineto_results is not None
         kernels: set[str] = set()
-        found: list[tuple[int, int, Any]] = []  # time (ns), mark number or -1, (address, size, scope)
+        found: list[tuple[int, str, Any]] = []  # time (ns), kind, (address, size, scope) or a mark's number
         stack = [(node, False) for node in self._profile.profiler.kineto_results.experimental_event_tree()]
         while stack:
             node, scope = stack.pop()
             name = node.name
             if name == "[memory]":
                 extra: Any = node.extra_fields
-                found.append((node.start_time_ns, -1, (extra.ptr, extra.alloc_size, scope)))
+                found.append((node.start_time_ns, "", (extra.ptr, extra.alloc_size, scope)))
                 continue
-            if name.startswith(self._PREFIX):
-                found.append((node.start_time_ns, int(name[len(self._PREFIX) :]), None))
+            if name.startswith((self._PREFIX, self._PART)):
+                kind, colon, number = name.partition(":")
+                found.append((node.start_time_ns, kind + colon, int(number)))
             elif name.startswith("aten::_scaled_dot_product"):
                 kernels.add(name.removeprefix("aten::"))
             scope = scope or name == NORM_SCOPE
@@ -211,14 +235,17 @@ class CpuMemoryMeter(MemoryMeter):
         found.sort(key=lambda item: item[0])
         events: list[Event] = []
         marks: list[Mark] = []
-        for when, number, memory in found:
-            if number >= 0:
-                marks.append(Mark(len(events), when / 1e9, *self._steps[number]))
+        parts: list[PartMark] = []
+        for when, kind, what in found:
+            if kind == self._PREFIX:
+                marks.append(Mark(len(events), when / 1e9, *self._steps[what]))
+            elif kind == self._PART:
+                parts.append(PartMark(len(events), self._parts[what]))
             else:
-                address, size, in_scope = memory
+                address, size, in_scope = what
                 events.append(Event(when / 1e9, address, size, in_scope))
         return MemoryReading(
-            Log(events, marks, self._tags),
+            Log(events, marks, self._tags, parts),
             kernels=forward_only(kernels),
             source="CPU allocator events of the torch profiler",
         )
@@ -234,6 +261,7 @@ class CudaMemoryMeter(MemoryMeter):
         torch.cuda.synchronize()
         self._baseline = torch.cuda.memory_allocated()
         self._positions: list[tuple[int, float]] = []
+        self._part_positions: list[int] = []
         self._peaks: dict[tuple[int, str], tuple[int, int]] = {}
         self._device_use: dict[tuple[int, str], DeviceUse] = {}
         self._first: tuple[int, int] | None = None
@@ -266,6 +294,9 @@ class CudaMemoryMeter(MemoryMeter):
             self._device_use[key] = device_use()
         torch.cuda.reset_peak_memory_stats()
 
+    def _note_part(self, index: int) -> None:
+        self._part_positions.append(self._count() - self._origin)
+
     def _note_position(self, index: int, step: int, phase: str) -> None:
         self._close_phase()
         self._positions.append((self._count() - self._origin, time.time()))
@@ -290,8 +321,9 @@ class CudaMemoryMeter(MemoryMeter):
         if len(events) != self._counted:
             raise RuntimeError(f"the allocator counted {self._counted} events and its history holds {len(events)}")
         marks = [Mark(position, when, *self._steps[index]) for index, (position, when) in enumerate(self._positions)]
+        parts = [PartMark(position, part) for position, part in zip(self._part_positions, self._parts, strict=True)]
         return MemoryReading(
-            Log(events, marks, self._tags),
+            Log(events, marks, self._tags, parts),
             peaks=self._peaks,
             device_use=self._device_use,
             baseline=self._baseline,

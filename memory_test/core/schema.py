@@ -6,7 +6,7 @@ Bytes are integers. A key that a status cannot fill is `None`, never a made-up n
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Status = Literal["ok", "oom", "error", "timeout", "crashed"]
 PHASES = ("model", "forward", "backward", "clip", "noise", "optimizer")
@@ -150,6 +150,7 @@ class Repeat:
         peak_rss_bytes: Peak resident set of the process.
         first_step_s: Time of step 1.
         step_times_s: Time of each timed step.
+        breakdown_by_part: Bytes at the peak by part of the model (its groups of parameters) and category.
     """
 
     __pydantic_config__ = STRICT
@@ -166,6 +167,7 @@ class Repeat:
     step_times_s: list[float]
     phases: dict[str, PhaseRecord]
     breakdown_bytes: dict[str, int]
+    breakdown_by_part: dict[str, dict[str, int]] = field(default_factory=dict)
     timeline: Timeline | None = None
 
 
@@ -204,6 +206,7 @@ class Record:
     throughput_examples_per_s: float | None
     phases: dict[str, PhaseRecord]
     breakdown_bytes: dict[str, int]
+    breakdown_by_part: dict[str, dict[str, int]] = field(default_factory=dict)
     config_requested: dict[str, Any]
     config_resolved: dict[str, Any]
     choices: dict[str, Any] = field(default_factory=dict)

@@ -1,62 +1,70 @@
 """Build what a configuration names: a model, its data and its objective."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dit_dp.clipping.batch import Batch, LossFn, map_tensors
-from dit_dp.data import ImageSet, digits, synthetic
-from dit_dp.errors import UsageError
-from dit_dp.objectives import DDPMObjective
-from memory_test.core.config import is_custom
+from dit_dp import workloads
+from dit_dp.clipping.batch import Batch, LossFn, map_tensors, num_rows
+from dit_dp.clipping.hardware import hardware
+from dit_dp.data import Examples, Images, ImageSets, digits, synthetic
+from dit_dp.data.sets import Partition
+from dit_dp.objectives import Objective, ObjectiveConfig
+from dit_dp.training.groups import add_lora, members, parts_of
+from dit_dp.training.schedule import Schedule
+from dit_dp.workloads import WorkloadSpec
 from memory_test.core.custom import OwnModel, build_own, with_rows
+from memory_test.core.model_args import is_custom
 from memory_test.core.units import GIB
 
-_SYNTHETIC_IMAGES = 64
+_SYNTHETIC_UNITS = 64
+
+
+def spec_of(resolved: dict[str, Any]) -> WorkloadSpec:
+    """Return the specification that a resolved configuration holds."""
+    objective = {**resolved["objective"]}
+    if objective["context_shape"] is not None:
+        objective["context_shape"] = tuple(objective["context_shape"])
+    made = {
+        "name": resolved["workload"],
+        "arguments": resolved["model_options"],
+        "objective": ObjectiveConfig(**objective),
+    }
+    return WorkloadSpec(**{f.name: resolved[f.name] for f in fields(WorkloadSpec) if f.name not in made}, **made)
 
 
 def build_model(resolved: dict[str, Any]) -> nn.Module:
-    """Build the DiT of a resolved configuration on the CPU, in training mode."""
-    if resolved["pretrained"]:
-        from dit_dp.models import DiTHuggingFaceWrapper
+    """Build the model of a resolved configuration on the CPU, in training mode; what rests in step 1 is frozen.
 
-        wrapper = DiTHuggingFaceWrapper(
-            model_name=resolved["model"],
-            img_size=resolved["image_size"],
-            patch_size=resolved["patch_size"],
-            in_channels=resolved["in_channels"],
-            num_classes=resolved["num_classes"],
-            pretrained=True,
-            latent_downsample=resolved["latent_downsample"],
-            class_dropout_prob=resolved["class_dropout_prob"],
-            learn_sigma=resolved["learn_sigma"],
-            activation_checkpointing=resolved["activation_checkpointing"],
-        )
-        return wrapper.train()
-    from dit_dp.models.dit import DiT
+    Raises:
+        UsageError: It cannot be built, or has no such parameters to train.
+    """
+    spec = spec_of(resolved)
+    return train_first_phase(workloads.build_model(spec), spec.schedule)
 
-    return DiT(
-        input_size=resolved["latent_size"],
-        patch_size=resolved["patch_size"],
-        in_channels=resolved["in_channels"],
-        hidden_size=resolved["hidden_size"],
-        depth=resolved["depth"],
-        num_heads=resolved["num_heads"],
-        class_dropout_prob=resolved["class_dropout_prob"],
-        num_classes=resolved["num_classes"],
-        learn_sigma=resolved["learn_sigma"],
-        activation_checkpointing=resolved["activation_checkpointing"],
-    ).train()
+
+def train_first_phase(model: nn.Module, schedule: Schedule) -> nn.Module:
+    """Let those parameters alone take gradients that train in step 1, in place; returns the model.
+
+    Raises:
+        UsageError: A group that the model has not, or adapters without peft.
+    """
+    if schedule.lora_rank is not None:
+        add_lora(model, schedule.lora_rank)
+    chosen = set(members(model, schedule.phases[0].groups))
+    for name in {name for names in parts_of(model).values() for name in names}:
+        model.get_parameter(name).requires_grad_(name in chosen)
+    return model
 
 
 class Data(Protocol):
     """Where batches come from.
 
     Attributes:
-        objective: The loss of each example.
+        objective: The loss of each unit.
         device: Where batches arrive.
         device_generator: Randomness on that device.
     """
@@ -71,23 +79,35 @@ class Data(Protocol):
     def device_generator(self) -> torch.Generator: ...  # noqa: D102
 
     def batch(self, size: int) -> Batch:
-        """Return a batch, on the device."""
+        """Return a batch of so many units, on the device."""
+
+    def row_to_unit(self, batch: Batch) -> Tensor | None:
+        """Return the unit of each row of a batch, (R,), on the CPU; `None` where every row is one."""
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images on the CPU, and how a batch is made of them."""
+    """Images, or sets of them, on the CPU, and how a batch is made of them."""
 
-    images: ImageSet
-    objective: DDPMObjective
+    examples: Examples
+    objective: Objective
     device: str
     generator: torch.Generator
     device_generator: torch.Generator
 
     def batch(self, size: int) -> dict[str, Tensor]:
         """Draw a batch with all of its randomness, on the device."""
-        x, labels = self.images.rows(size, self.generator)
-        return self.objective.draw(x.to(self.device), labels.to(self.device), self.device_generator)
+        x, labels = self.examples.take(torch.randint(0, len(self.examples), (size,), generator=self.generator))
+        labels = None if labels is None else labels.to(self.device)
+        return self.objective.draw(x.to(self.device), labels, self.device_generator)
+
+    def row_to_unit(self, batch: Batch) -> Tensor | None:
+        """Return what `Objective.row_to_unit` does, with data also where the batch has none."""
+        rows = self.objective.config.rows_per_unit
+        if rows == 1:
+            return None
+        with hardware().with_data():
+            return torch.arange(num_rows(batch) // rows).repeat_interleave(rows)
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,9 @@ class OwnData:
     def batch(self, size: int) -> Batch:
         """Return the batch of `size` rows."""
         return map_tensors(lambda tensor: tensor.to(self.device), with_rows(self.rows, size))
+
+    def row_to_unit(self, batch: Batch) -> None:
+        """Return `None`: every row is an example."""
 
 
 @dataclass(frozen=True)
@@ -118,27 +141,38 @@ class Workload:
 
 
 def build_data(resolved: dict[str, Any]) -> ImageData:
-    """Build data and objective of a resolved configuration of a DiT."""
-    if resolved["data"] == "digits":
-        images = digits(size=resolved["latent_size"])
-        if images.num_classes > resolved["num_classes"]:
-            raise UsageError.for_value("num_classes", resolved["num_classes"], f">= {images.num_classes} for digits")
-    else:
-        images = synthetic(
-            size=resolved["latent_size"],
-            channels=resolved["in_channels"],
-            num_classes=resolved["num_classes"],
-            count=min(_SYNTHETIC_IMAGES, 4 * resolved["batch_size"]),
-            seed=resolved["seed"],
-        )
-    device = resolved["device"]
+    """Build data and objective of a resolved configuration."""
+    spec = spec_of(resolved)
+    device, seed = resolved["device"], resolved["seed"]
     return ImageData(
-        images=images,
-        objective=DDPMObjective(learn_sigma=resolved["learn_sigma"], class_dropout_prob=resolved["class_dropout_prob"]),
+        examples=_examples(spec, resolved["data"], min(_SYNTHETIC_UNITS, 4 * resolved["batch_size"]), seed),
+        objective=workloads.build_objective(spec),
         device=device,
-        generator=torch.Generator().manual_seed(resolved["seed"]),
-        device_generator=torch.Generator(device=device).manual_seed(resolved["seed"]),
+        generator=torch.Generator().manual_seed(seed),
+        device_generator=torch.Generator(device=device).manual_seed(seed),
     )
+
+
+def _examples(spec: WorkloadSpec, kind: str, count: int, seed: int) -> Examples:
+    """Return digits, or `count` synthetic units, of the shape that the model takes."""
+    *sets, channels, size, _ = workloads.input_shape(spec)
+    if kind == "digits":
+        images = digits(size=size)
+        with hardware().with_data():  # which digits are alike is known also where the rest has no data
+            labels = digits(size=size).labels.tolist() if sets else []
+    else:
+        number, classes = count * (sets[0] if sets else 1), spec.num_classes or 1
+        images = synthetic(size=size, channels=channels, num_classes=classes, count=number, seed=seed)
+        labels = [0] * number
+    return _in_sets(images, sets[0], labels, seed) if sets else images
+
+
+def _in_sets(images: Images, size: int, labels: list[int], seed: int) -> ImageSets:
+    """Return sets of images of one class, as they come: no unit of anybody's, so that no file says who is together."""
+    classes = [[n for n, label in enumerate(labels) if label == known] for known in sorted(set(labels))]
+    sets = [members[start : start + size] for members in classes for start in range(0, len(members) - size + 1, size)]
+    left = len(labels) - size * len(sets)
+    return ImageSets(images, Partition(data="", set_size=size, seed=seed, num_left_out=left, sets=sets))
 
 
 def build(resolved: dict[str, Any]) -> Workload:

@@ -9,6 +9,7 @@ import tyro
 from dit_dp import validate
 from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UsageError
+from dit_dp.workloads import WORKLOADS
 from memory_test.core.model_args import ModelArgs
 
 PRIVATE = tuple(name for name, method in METHODS.items() if method.private)
@@ -16,6 +17,9 @@ PRIVATE = tuple(name for name, method in METHODS.items() if method.private)
 
 OURS = tuple(name for name in PRIVATE if not METHODS[name].peer)
 """Private methods of this project."""
+
+IMAGE_SIZES = {"dit": 64, "x2": 64, "set": 8, "ddt": 56, "panda": 16}
+"""By workload: pixels of 16 tokens; a pretrained model has its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +29,15 @@ class DoctorArgs(ModelArgs):
     Exit code 0: every check passed; 1: a check failed, or a method refused the model; 2: a mistake in the call.
     """
 
-    model: tyro.conf.Positional[str] = "DiT-S/2"
-    """DiT-{S,B,L,XL}/{2,4,8} on a small random input; or module:callable of your own, which returns
+    model: tyro.conf.Positional[str | None] = None
+    """Name of the model's size, DiT-{S,B,L,XL}/{2,4,8} and so on, on a small random input; default: the workload's
+    smallest. With --pretrained a hub name or a local folder. Or module:callable of your own, which returns
     (model, loss_fn, batch) with loss_fn(model, batch) one loss per example, or a model whose method
     make_batch(num_examples) returns (loss_fn, batch)."""
-    image_size: int = 64
-    """Side of the image in pixels."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass."""
+    image_size: int | None = None
+    """Side of the image in pixels; default: 64 for DiT and x2, 8 for sets, 56 for DDT, 16 for panda: 16 tokens."""
     batch_size: int = 4
-    """Examples in the batch."""
+    """Examples (images, or sets) in the batch."""
     methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[METHOD ...]")] = ()
     """Methods to check; default: all of ours. Peers (opacus, ...) where they are named."""
     max_grad_norm: float | None = None
@@ -53,4 +56,15 @@ class DoctorArgs(ModelArgs):
             validate.one_of("methods", name, PRIVATE)
         if len(set(self.methods)) < len(self.methods):
             raise UsageError.for_value("methods", " ".join(self.methods), "each method once")
-        self.check_model(kept=("batch_size", "methods", "max_grad_norm", "seed", "json"))
+        if not self.is_custom:
+            self._fill_in()
+        super().__post_init__()
+
+    def _fill_in(self) -> None:
+        """Choose the workload's smallest model and few tokens, unless others were asked for."""
+        workload = "diffusers" if self.pretrained else self.workload
+        validate.one_of("workload", workload, WORKLOADS)
+        smallest = next(iter(WORKLOADS[workload].sizes), None)
+        defaults = {"model": self.model or smallest, "image_size": self.image_size or IMAGE_SIZES.get(workload)}
+        for name, value in defaults.items():
+            object.__setattr__(self, name, value)

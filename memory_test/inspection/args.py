@@ -10,10 +10,10 @@ from memory_test.core.model_args import ModelArgs
 class InspectArgs(ModelArgs):
     """Show a model's modules, its trainable parameters and which method supports which layer."""
 
-    model: str = "DiT-XL/2"
-    """DiT-{S,B,L,XL}/{2,4,8}; with --pretrained a hub name or a local folder; or module:callable of your own,
-    which returns an nn.Module, (nn.Module, inputs) with inputs a tuple or dict of example tensors, or
-    (nn.Module, loss_fn, batch)."""
+    model: str | None = None
+    """Name of the model's size: DiT-{S,B,L,XL}/{2,4,8}, DDT-{S,B,L,XL}/1, Set/2, Panda/4; default: the workload's.
+    With --pretrained a hub name or a local folder. Or module:callable of your own, which returns an nn.Module,
+    (nn.Module, inputs) with inputs a tuple or dict of example tensors, or (nn.Module, loss_fn, batch)."""
     max_depth: int = 3
     """Levels of the printed module tree; the JSON document always holds all of them."""
     json: bool = False
@@ -21,4 +21,4 @@ class InspectArgs(ModelArgs):
 
     def __post_init__(self) -> None:
         validate.integer("max_depth", self.max_depth, minimum=0)
-        self.check_model(kept=("max_depth", "json"))
+        super().__post_init__()

@@ -111,7 +111,7 @@ class ValidatorError:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Derived sizes of a DiT: the input is `latent_size` positions a side, the blocks see `num_tokens` tokens."""
+    """Derived sizes of a model: the input is `latent_size` positions a side, the blocks see `num_tokens` tokens."""
 
     image_size: int
     in_channels: int

@@ -1,4 +1,4 @@
-"""Build what is inspected: a named DiT without memory, a pretrained one, or a model of the user's own."""
+"""Build what is inspected: a workload's model without memory, a pretrained one, or a model of the user's own."""
 
 import contextlib
 import sys
@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from dit_dp.errors import UsageError
+from dit_dp.workloads import WorkloadSpec
+from memory_test.core.config import experiment_of
 from memory_test.core.custom import call_target, load_target
-from memory_test.core.workload import build_model
+from memory_test.core.workload import build_model, spec_of
 from memory_test.inspection.args import InspectArgs
 from memory_test.inspection.facts import Sizes
 
@@ -28,7 +30,7 @@ class Subject:
         model: In training mode if ours; as it came if the user's.
         inputs: Positional or keyword arguments of one forward pass; `None` if unknown.
         on_meta: Whether the pass can run on the meta device: shapes without values, memory or work.
-        sizes: Of a DiT.
+        sizes: Of a workload's model.
     """
 
     name: str
@@ -45,11 +47,11 @@ def build_subject(args: InspectArgs) -> Subject:
         UsageError: It cannot be had; one line with the cause.
     """
     with contextlib.redirect_stdout(sys.stderr):  # stdout may be a JSON document
-        return _build_custom(args.model) if args.is_custom else _build_dit(args)
+        return _build_custom(str(args.model)) if args.is_custom else _build_named(args)
 
 
-def _build_dit(args: InspectArgs) -> Subject:
-    resolved = args.experiment().resolve(device="cpu", num_threads=1)
+def _build_named(args: InspectArgs) -> Subject:
+    resolved = experiment_of(args).resolve(device="cpu", num_threads=1)
     if args.pretrained:
         model = build_model(resolved)
     else:
@@ -58,26 +60,30 @@ def _build_dit(args: InspectArgs) -> Subject:
     patch = int(getattr(model, "patch_size", resolved["patch_size"]))
     latent = resolved["latent_size"]
     sizes = Sizes(
-        image_size=args.image_size,
-        in_channels=args.in_channels,
+        image_size=resolved["image_size"],
+        in_channels=resolved["in_channels"],
         latent_size=latent,
         patch_size=patch,
         num_tokens=(latent // patch) ** 2,
     )
-    name = args.model if args.pretrained else resolved["model"]
-    return Subject(name, model, _dit_inputs(sizes), on_meta=True, sizes=sizes)
+    return Subject(resolved["model"], model, _inputs(spec_of(resolved)), on_meta=True, sizes=sizes)
 
 
-def _dit_inputs(sizes: Sizes) -> Inputs:
-    """Return x, t, y and label drops of a DiT on the meta device."""
-    n = PROBE_EXAMPLES
+def _inputs(spec: WorkloadSpec) -> Inputs:
+    """Return what the model of two units is called with, on the meta device: x, t, and labels or the other images."""
+    objective, n = spec.objective, PROBE_EXAMPLES * spec.objective.rows_per_unit
     with torch.device("meta"):
-        return {
-            "x": torch.empty(n, sizes.in_channels, sizes.latent_size, sizes.latent_size),
-            "t": torch.empty(n, dtype=torch.int64),
-            "y": torch.empty(n, dtype=torch.int64),
-            "drop_labels": torch.empty(n, dtype=torch.bool),
-        }
+        image = torch.empty(n, spec.in_channels, spec.latent_size, spec.latent_size)
+        made = {"x": image, "t": torch.empty(n, dtype=torch.int64 if objective.is_ddpm else torch.float32)}
+        if objective.set_size is not None:
+            made["images"] = torch.empty_like(image)
+        else:
+            made["y"] = torch.empty(n, dtype=torch.int64)
+        if objective.set_size is None and objective.class_dropout_prob is not None:
+            made["drop_labels"] = torch.empty(n, dtype=torch.bool)
+        if objective.context_shape is not None:
+            made["context_noise"] = torch.empty(n, *objective.context_shape)
+    return made
 
 
 def _build_custom(spec: str) -> Subject:

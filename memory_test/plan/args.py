@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from dit_dp import validate
 from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UsageError
-from memory_test.core.config import ExperimentConfig
+from memory_test.core.config import ExperimentConfig, experiment_of
 from memory_test.core.model_args import ModelArgs
 from memory_test.core.store import check_writable
 from memory_test.predict.cards import Card, find_card
@@ -34,13 +34,10 @@ class PlanArgs(ModelArgs):
     Exit code 0: there is a recommendation; 1: no private method fits; 2: a mistake in the call.
     """
 
-    model: str = "DiT-XL/2"
-    """DiT-{S,B,L,XL}/{2,4,8}; with --pretrained a hub name or a local folder; or module:callable of your own,
-    as memory-test run takes it."""
     gpu: str = "H100-80GB"
     """A card by name (memory-test cards lists them), a size such as 24GB, or custom:memory=24,sms=128,..."""
     batch_size: int = 256
-    """Logical batch: (expected) examples a step, whatever fits the card at once."""
+    """Logical batch: (expected) examples (images, or sets) a step, whatever fits the card at once."""
     dtype: Literal["float32", "bf16"] = "float32"
     """bf16: autocast, parameters stay float32."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
@@ -49,8 +46,6 @@ class PlanArgs(ModelArgs):
     """auto: torch's own default, foreach on CUDA."""
     ema: bool = False
     """Keep a float32 moving average of what trains."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass."""
     methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[METHOD ...]")] = DEFAULT_METHODS
     """Methods to plan."""
     calibration: Path | None = None
@@ -69,6 +64,8 @@ class PlanArgs(ModelArgs):
     """Write the plan to this file too."""
 
     def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
         validate.integer("batch_size", self.batch_size)
         for name in self.methods:
             validate.one_of("methods", name, METHODS)
@@ -110,10 +107,4 @@ class PlanArgs(ModelArgs):
         Raises:
             UsageError: The method cannot run so, and why.
         """
-        names = ("dtype", "optimizer", "optimizer_impl", "ema", "activation_checkpointing")
-        sizes = (
-            "model", "pretrained", "image_size", "patch_size", "in_channels", "latent_downsample", "num_classes",
-            "hidden_size", "depth", "num_heads",
-        )  # fmt: skip
-        values: dict[str, Any] = {name: getattr(self, name) for name in (*names, *sizes)}
-        return ExperimentConfig(experiment=method, batch_size=batch_size, accumulation=accumulation, **values)
+        return experiment_of(self, method, batch_size=batch_size, accumulation=accumulation)

@@ -10,10 +10,12 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UsageError
 from dit_dp.privacy import noise_multiplier
+from dit_dp.workloads import WORKLOADS
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.store import write_text
 from memory_test.plan.args import PlanArgs
@@ -42,7 +44,7 @@ def make_plan(args: PlanArgs) -> Plan:
     best = recommend(rows)
     return Plan(
         card=dataclasses.asdict(args.card),
-        config=dataclasses.asdict(args.cell("vanilla", args.batch_size, 1)),
+        config=_asked(args),
         margin=args.margin,
         methods=rows,
         recommended=None if best is None else best.method,
@@ -50,6 +52,13 @@ def make_plan(args: PlanArgs) -> Plan:
         budget=budget,
         calibrated=_calibrated(args),
     )
+
+
+def _asked(args: PlanArgs) -> dict[str, Any]:
+    """Return what was asked for, with the model's label and image size said."""
+    cell = args.cell("vanilla", args.batch_size, 1)
+    size = None if cell.is_custom else cell.spec.image_size
+    return {**cell.as_dict(), "model": cell.model_label, "image_size": size}
 
 
 def _calibrated(args: PlanArgs) -> str | None:
@@ -133,11 +142,15 @@ def command(args: PlanArgs, row: MethodPlan, budget: Budget | None) -> str:
         cell = dataclasses.replace(cell, memory_budget_gib=row.memory_budget_gib)
     if budget is not None:
         cell = dataclasses.replace(cell, noise_multiplier=budget.printed_multiplier)
-    words = ["memory-test", "run"]
+    words = ["memory-test", "run", "--experiment", cell.experiment]
     for field in dataclasses.fields(ExperimentConfig):
+        if field.name == "experiment":
+            continue
         value = getattr(cell, field.name)
-        if value == field.default and field.name not in ("model", "batch_size"):
+        if field.name == "model":
+            value = value or WORKLOADS[cell.workload].model
+        elif value == field.default and field.name != "batch_size":
             continue
         flag = "--" + field.name.replace("_", "-")
-        words += [flag] if value is True else [flag, str(value)]
+        words += [flag] if value is True else [flag, *(value if isinstance(value, tuple) else [str(value)])]
     return shlex.join([*words, "--device", "cuda"])

@@ -1,6 +1,5 @@
 """A plan for people."""
 
-from memory_test.core.config import is_custom
 from memory_test.core.units import GIB, format_bytes
 from memory_test.plan.facts import MethodPlan, Plan
 
@@ -10,7 +9,7 @@ _HEAD = ("method", "physical batch", "x", "reserved", "free", "step, relative", 
 def describe_plan(plan: Plan) -> str:
     """Return the table, the noise, the recommendation and the command."""
     card, config = plan.card, plan.config
-    size = "" if is_custom(config["model"], config["pretrained"]) else f"{config['image_size']} px, "
+    size = "" if config["image_size"] is None else f"{config['image_size']} px, "
     lines = [
         f"{config['model']}, {size}{config['dtype']}, {config['optimizer']}, "
         f"logical batch {config['batch_size']}, on {card['name']}: {card['memory_bytes'] / GIB:.2f} GiB, "

@@ -63,7 +63,7 @@ def check_own(config: ExperimentConfig, card: Card) -> None:
 
 
 def _imagine(config: ExperimentConfig, card: Card, rates: Rates) -> Imagined:
-    with named(config.model):
+    with named(config.model_label):
         return imagined_run(config.resolve(device="cuda", num_threads=1), card, STEPS, whole=False, rates=rates)
 
 

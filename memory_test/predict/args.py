@@ -32,7 +32,7 @@ class PredictArgs:
     config: ExperimentConfig
     gpu: str = "H100-80GB"
     """A card by name (memory-test cards lists them), a label such as 24GB (the smallest of that label),
-    custom:memory=24,sms=128,..., or cpu: this machine's."""
+    custom:memory=24,sms=128,attention=math,..., or cpu: this machine's."""
     expandable_segments: bool = False
     """As in PYTORCH_ALLOC_CONF."""
     world_size: int = 1

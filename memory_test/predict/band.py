@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from memory_test.core.config import is_custom
+from memory_test.core.model_args import PRETRAINED, is_custom
 from memory_test.core.schema import ErrorBand
 from memory_test.predict.cards import Card
 
@@ -72,6 +72,7 @@ def of(card: Card | None, resolved: dict[str, Any], kernels: Sequence[str], torc
         "a card that is no H100": (card.major, card.minor) != (9, 0),
         "a model of your own": is_custom(resolved["model"], resolved["pretrained"]),
         "a pretrained model": resolved["pretrained"],
+        f"the workload {resolved['workload']}": resolved["workload"] not in ("dit", PRETRAINED, None),
         "accumulation": resolved["accumulation"] > 1,
         "the moving average": resolved["ema"],
         f"torch {torch_version}": (major, minor) > NEWEST_TORCH,

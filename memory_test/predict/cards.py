@@ -3,8 +3,9 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from dit_dp import validate
 from dit_dp.errors import UsageError
 from memory_test.core.units import GIB, MIB
 
@@ -161,10 +162,17 @@ def _custom(text: str) -> Card:
     changes: dict[str, Any] = {}
     for part in text.split(","):
         key, _, value = part.partition("=")
+        if key == "attention":
+            validate.one_of("gpu: attention", value, get_args(Attention))
+            changes[key] = value
+            continue
         number = float(value) if key in _CUSTOM and _is_number(value) else -1.0
         if not (0 <= number <= _MOST_GIB and (number > 0 or key in _MAY_BE_ZERO)):
             raise UsageError.for_value(
-                "gpu", f"custom:{text}", [f"{key}=NUMBER" for key in _CUSTOM], "all optional but memory"
+                "gpu",
+                f"custom:{text}",
+                [*(f"{key}=NUMBER" for key in _CUSTOM), "attention=KERNEL"],
+                "all optional but memory",
             )
         attribute, unit = _CUSTOM[key]
         kind = float if attribute in ("bandwidth", "float32", "tf32", "bf16") else int

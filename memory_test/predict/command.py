@@ -33,7 +33,7 @@ def run_predict(args: PredictArgs) -> int:
     device = "cpu" if card is None else "cuda"
     resolved = config.resolve(device=device, num_threads=config.num_threads or default_threads()) | args.ranks
     rates = rates_of(card, args.calibration)
-    with named(config.model), contextlib.redirect_stdout(sys.stderr):  # what a callable of the user's prints
+    with named(config.model_label), contextlib.redirect_stdout(sys.stderr):  # what a callable of the user's prints
         run = imagined_run(resolved, card, rates=rates)
     found, failure = on_card(run, card, args.settings)
     record = predicted_record(config, resolved, card, args.settings, found, failure)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dit_dp.clipping.costs import measured
-from memory_test.core.breakdown import Tag
-from memory_test.core.config import is_custom
+from memory_test.core.breakdown import PartMark, Tag
 from memory_test.core.custom import load_target
 from memory_test.core.measure import MEMORY_STEPS, Measured, Wrap, run_loop, summarise
 from memory_test.core.meters import MemoryReading, TaggingMeter, Times, forward_only
+from memory_test.core.model_args import is_custom
 from memory_test.predict.cards import Card
 from memory_test.predict.fakes import STAND_INS
 from memory_test.predict.imagine import imagine, on_this_machine
@@ -34,12 +34,14 @@ class Imagined:
         trace: What was born, died and was computed.
         places: Where phases began.
         tags: Which storages were whose, at which mark.
+        parts: Which part of the model ran, from which event on.
         choices: What the method chose, and parameter counts.
     """
 
     trace: Trace
     places: tuple[Place, ...]
     tags: tuple[Tag, ...]
+    parts: tuple[PartMark, ...]
     choices: dict[str, Any]
 
     def seconds(self, rates: Rates) -> list[float]:
@@ -64,10 +66,14 @@ class TraceMeter(TaggingMeter):
         super().__init__()
         self._tracer = tracer
         self.places: list[Place] = []
+        self.part_positions: list[int] = []
 
     def _note_position(self, index: int, step: int, phase: str) -> None:
         trace = self._tracer.trace
         self.places.append(Place(len(trace.events), step, phase, len(trace.operations)))
+
+    def _note_part(self, index: int) -> None:
+        self.part_positions.append(len(self._tracer.trace.events))
 
     def _address(self, tensor: Tensor) -> int | None:
         return self._tracer.index(tensor)
@@ -76,6 +82,11 @@ class TraceMeter(TaggingMeter):
     def tags(self) -> list[Tag]:
         """Which storages were whose."""
         return self._tags
+
+    @property
+    def parts(self) -> list[PartMark]:
+        """Which part of the model ran, from which event on."""
+        return [PartMark(position, part) for position, part in zip(self.part_positions, self._parts, strict=True)]
 
 
 def imagined_run(
@@ -122,7 +133,7 @@ def _run(resolved: dict[str, Any], card: Card | None, num_steps: int, whole: boo
     tracer.trace.order_deaths(place.position for place in meter.places)
     kernels = {op.name for op in tracer.trace.operations if op.name.startswith("_scaled_dot_product")}
     choices["attention_kernels"] = list(forward_only(kernels))
-    return Imagined(tracer.trace, tuple(meter.places), tuple(meter.tags), choices)
+    return Imagined(tracer.trace, tuple(meter.places), tuple(meter.tags), tuple(meter.parts), choices)
 
 
 def _ranks(tracer: Tracer, resolved: dict[str, Any]) -> contextlib.AbstractContextManager[Wrap | None]:
@@ -163,7 +174,7 @@ def predict_memory(
         replayed = replay(run.trace, run.places, settings=settings, capacity_bytes=usable, total_bytes=total)
         held, peaks = replayed.sizes, replayed.peaks
         source = "predicted: a traced step through a model of the caching allocator"
-    log = as_log(run.trace, held, run.places, run.tags, run.seconds(rates or Rates.ceilings(card)))
+    log = as_log(run.trace, held, run.places, run.tags, run.parts, run.seconds(rates or Rates.ceilings(card)))
     reading = MemoryReading(log, peaks=peaks, source=source)
     repeat = summarise(reading, Times({}, {}, {}), range(0), None)
     if card is not None and repeat.peak_reserved_bytes is not None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dit_dp.errors import UsageError
+from dit_dp.training.shards import shard
 from memory_test.core.measure import Wrap
 from memory_test.predict.tracer import Tracer
 
@@ -49,23 +49,6 @@ def imagined_ranks(tracer: Tracer, world_size: int, sharding: str) -> Iterator[W
 def replicate(model: nn.Module) -> nn.Module:
     """Put DDP around a model; parameters are not compared or copied, which is the model phase's and takes data."""
     return DistributedDataParallel(model, init_sync=False)
-
-
-def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Shard every transformer block alone, and the rest as one, by FSDP2."""
-    for block in _blocks(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)  # in place
-    return model
-
-
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the members of the model's outermost lists that have parameters."""
-    for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            yield from (block for block in child if any(True for _ in block.parameters()))
-        else:
-            yield from _blocks(child)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memory_test.core.breakdown import Event, Log, Mark, Tag
+from memory_test.core.breakdown import Event, Log, Mark, PartMark, Tag
 from memory_test.predict.allocator import Block, CachingAllocator, OutOfMemoryError, Recorder
 from memory_test.predict.settings import AllocatorSettings
 from memory_test.predict.trace import Trace
@@ -89,7 +89,12 @@ def replay(
 
 
 def as_log(
-    trace: Trace, sizes: Sequence[int], places: Sequence[Place], tags: Sequence[Tag], seconds: Sequence[float]
+    trace: Trace,
+    sizes: Sequence[int],
+    places: Sequence[Place],
+    tags: Sequence[Tag],
+    parts: Sequence[PartMark],
+    seconds: Sequence[float],
 ) -> Log:
     """Return the trace as a memory pass's log.
 
@@ -98,6 +103,7 @@ def as_log(
         sizes: Bytes by storage.
         places: Where phases begin.
         tags: Whose `address` is the storage's index.
+        parts: Whose positions are those of the trace's events.
         seconds: When each event happens.
     """
     events, positions, seen = [], [0], set[int]()
@@ -112,4 +118,5 @@ def as_log(
         Mark(positions[p.position], seconds[p.position] if p.position < len(seconds) else last, p.step, p.phase)
         for p in places
     ]
-    return Log(events, marks, tags)
+    moved = [PartMark(positions[min(part.position, len(trace.events))], part.part) for part in parts]
+    return Log(events, marks, tags, moved)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from memory_test.core.breakdown import ELSEWHERE
 from memory_test.core.schema import BREAKDOWN, Record
 from memory_test.core.units import format_bytes
 from memory_test.report.frames import BASELINE, measured_if_any
@@ -22,6 +23,7 @@ from memory_test.report.palette import (
     CATEGORY_NAMES,
     INK,
     MUTED,
+    PART_COLORS,
     RC,
     SURFACE,
     method_color,
@@ -46,6 +48,7 @@ from memory_test.report.panels import (
     size_unit,
     thin,
 )
+from memory_test.report.parts import part_bytes, parts_of
 
 P = ParamSpec("P")
 
@@ -96,6 +99,34 @@ def peak_by_method(rows: pd.DataFrame, batch_size: int) -> Figure:
         if name in met
     ]
     figure.legend(handles=handles, loc="outside lower left", ncols=3, handlelength=0.9, **TIGHT)
+    return figure
+
+
+@_styled
+def growing_by_part(rows: pd.DataFrame, batch_size: int) -> Figure:
+    """Draw what grows with the batch at every method's peak, stacked by part of the model."""
+    cells = cells_at(rows, batch_size)
+    parts = parts_of(cells)
+    totals = [sum(part_bytes(record, part) for part in parts) for record in cells["record"]]
+    size, unit = size_unit(totals)
+    figure, axes = panel(f"Activations and clipping by part, batch {batch_size}", 100 + 29 * len(cells) + 30)
+    colors = {part: PART_COLORS[index % len(PART_COLORS)] for index, part in enumerate(parts)}
+    colors[ELSEWHERE] = CATEGORY_COLORS["other"]
+    for place, cell in enumerate(cells.to_dict("records")):
+        left = 0.0
+        hatch = "////" if cell["source"] == "predicted" else None
+        for part in parts:
+            width = part_bytes(cell["record"], part) / size
+            style: dict[str, Any] = {"color": colors[part], "edgecolor": SURFACE, "linewidth": 0.6}
+            axes.barh(place, width, left=left, height=0.66, hatch=hatch, **style)
+            left += width
+        finished = cell["status"] == "ok"
+        end_label(axes, place, left, format_bytes(totals[place]) if finished else STATUS_TEXT.get(cell["status"], ""))
+    method_axis(axes, cells)
+    axes.set_xlabel(unit)
+    axes.set_xlim(0, 1.45 * axes.dataLim.x1)
+    handles = [Patch(facecolor=colors[part], label=part, edgecolor=SURFACE) for part in parts]
+    figure.legend(handles=handles, loc="outside lower left", ncols=4, handlelength=0.9, **TIGHT)
     return figure
 
 

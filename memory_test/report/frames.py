@@ -20,7 +20,7 @@ import pandas as pd
 from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UsageError
 from memory_test.core import store
-from memory_test.core.config import DECIDED, ExperimentConfig
+from memory_test.core.config import DECIDED, DERIVED, ExperimentConfig
 from memory_test.core.schema import BREAKDOWN, PHASES, Environment, PhaseRecord, Record
 
 FREE = (
@@ -192,10 +192,9 @@ def groups(frame: pd.DataFrame) -> list[Group]:
     """
     summary = summarise(frame)
     configs = {str(key): _group_config(part) for key, part in frame.groupby("group", sort=False)}
-    varying = _varying(configs.values())
     made: list[Group] = []
     for key, config in configs.items():
-        title = _title(config, varying)
+        title = _title(config, _varying(config, configs.values()))
         title = f"{title} · {key}" if title in {group.title for group in made} else title
         rows = summary[summary["group"] == key].reset_index(drop=True)
         part = frame[frame["group"] == key]
@@ -351,7 +350,7 @@ def _shared(record: Record) -> dict[str, Any]:
 
 def _group_config(part: pd.DataFrame) -> dict[str, Any]:
     named = part["device_name"].dropna()
-    return {"device_name": named.iloc[0] if len(named) else None, **_shared(part["record"].iloc[0])}
+    return {"device_name": named.iloc[0] if len(named) else None, **_flat(_shared(part["record"].iloc[0]))}
 
 
 def _protocol(part: pd.DataFrame) -> dict[str, list[Any]]:
@@ -363,18 +362,44 @@ def _protocol(part: pd.DataFrame) -> dict[str, list[Any]]:
     return found
 
 
-def _varying(configs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the fields that tell groups apart."""
+def _varying(own: Mapping[str, Any], configs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the fields that tell a group from others; what a workload decides, from those of its workload."""
     known = list(configs)
+    alike = [config for config in known if config.get("workload") == own.get("workload")]
     names = dict.fromkeys(name for config in known for name in config)
-    found = {name: {json.dumps(config.get(name), default=str) for config in known} for name in names}
+    found = {
+        name: {json.dumps(config.get(name), default=str) for config in (alike if _of_workload(name) else known)}
+        for name in names
+    }
     for name in DECIDED:  # by a model of the user's own, of which nothing is known
         found.get(name, set()).discard("null")
     return [name for name, values in found.items() if len(values) > 1]
 
 
+def _of_workload(name: str) -> bool:
+    """Return whether a field is one that a workload decides, or says no more than such fields."""
+    return name.partition(".")[0] in (*DECIDED, *DERIVED, "model", "pretrained")
+
+
+def _hidden(name: str, hidden: Collection[str], config: Mapping[str, Any]) -> bool:
+    """Return whether a title leaves a field out: it is said, or implied, or an argument that repeats a field."""
+    group, _, own = name.rpartition(".")
+    repeated = bool(group) and (own in config or own in ("input_size", "img_size", "model_name", "context_shape"))
+    return name in hidden or repeated
+
+
 def _title(config: Mapping[str, Any], varying: list[str]) -> str:
-    said = ("model", "image_size", "in_channels", "num_tokens", "dtype", "activation_checkpointing")
+    said = (
+        "model",
+        "workload",
+        "image_size",
+        "in_channels",
+        "num_tokens",
+        "dtype",
+        "activation_checkpointing",
+        "train",
+    )
+    also = ("trained_groups", "unit", "pretrained")
     implied = ("latent_size", "hidden_size", "depth", "num_heads", "patch_size", "latent_downsample")
     size, channels, tokens = (config.get(name) for name in ("image_size", "in_channels", "num_tokens"))
     parts = [
@@ -384,7 +409,9 @@ def _title(config: Mapping[str, Any], varying: list[str]) -> str:
     ]
     if config.get("activation_checkpointing"):
         parts.append("activation checkpointing")
-    told = {*said, *(implied if {"model", "image_size", "num_tokens"} & set(varying) else ())}
+    if config.get("train") not in (None, "full") or "train" in varying:
+        parts.append(f"train {config['train']}")
+    told = {*said, *also, *(implied if {"model", "image_size", "num_tokens"} & set(varying) else ())}
     hidden = {*told, *(name for name in DECIDED if config.get(name) is None)}
-    parts += [f"{name} {config.get(name)}" for name in varying if name not in hidden]
+    parts += [f"{name.rpartition('.')[2]} {config.get(name)}" for name in varying if not _hidden(name, hidden, config)]
     return " · ".join(parts)

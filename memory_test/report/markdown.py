@@ -19,6 +19,8 @@ from memory_test.report.frames import (
     headline_batch,
     measured_if_any,
 )
+from memory_test.report.parts import READING as PARTS_READING
+from memory_test.report.parts import part_table
 from memory_test.report.tables import escape, markdown_table, plain_table
 
 HEADINGS = ("method", "batch", "peak", "× vanilla", "step", "× vanilla", "examples/s", "status")
@@ -218,6 +220,8 @@ def markdown_report(frame: pd.DataFrame) -> str:
         parts += [further] if further else []
         parts.append(_table(cells(group.rows)))
         parts.append(SPREAD_NOTE if group.rows["memory_ratio"].notna().any() else NO_VANILLA)
+        table = part_table(group.rows)
+        parts += [] if table is None else ["### By part of the model", table, PARTS_READING]
         key = group.rows["group"].iloc[0]
         lost = [f"- {escape(line)}" for line in failure_lines(frame[frame["group"] == key])]
         parts += ["### Not finished", "\n".join(lost)] if lost else []

@@ -36,6 +36,9 @@ _METHOD_COLORS = {
     "opacus-ew": "#bb5fae",
     "opacus-ghost": "#159a78",
 }
+PART_COLORS = ("#2f72d6", "#1d8a77", "#e0a019", "#7a68cf", "#c94a67", "#7d9a2c")
+"""Of a model's parts, in the order in which they are stacked; what belongs to none is grey."""
+
 _MORE_COLORS = ("#8c5a9e", "#5c7f4a", "#b5835a", "#4f6d8f")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p", "h", "<", ">", "*", "d", "8")
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from memory_test.core.schema import Record
 from memory_test.report import figures
 from memory_test.report.frames import BASELINE, Group, headline_batch
+from memory_test.report.parts import parts_of
 
 Shelf = Literal["overview", "timeline", "batches"]
 
@@ -70,6 +71,17 @@ def plates(group: Group) -> list[Plate]:
 def _overview(rows: pd.DataFrame, batch: int) -> Iterator[Plate]:
     here = _numbers(rows[rows["batch_size"] == batch])
     yield _peak(rows, batch, "overview")
+    if parts_of(rows[rows["batch_size"] == batch]):
+        yield Plate(
+            name=f"parts-b{batch}",
+            title=f"Activations and clipping by part, batch {batch}",
+            caption="What grows with the batch at the peak: saved activations, what is kept for clipping, per-example "
+            "gradients, by the part of the model in whose forward or backward it was born. Elsewhere: between parts, "
+            "and the loss.",
+            shelf="overview",
+            numbers=here,
+            figure=figures.growing_by_part(rows, batch),
+        )
     compared = rows[(rows["batch_size"] == batch) & rows["memory_ratio"].notna()]
     if compared["experiment"].ne(BASELINE).any():
         yield Plate(

@@ -1,7 +1,6 @@
 """One worker process: started with a request, waited for or killed, its end told as an outcome."""
 
 import contextlib
-import dataclasses
 import os
 import signal
 import subprocess
@@ -92,7 +91,7 @@ class Worker:
         self._timed_out = False
         request = {
             "task": task,
-            "config": dataclasses.asdict(config),
+            "config": config.as_dict(),
             "num_threads": threads,
             "memory_limit_bytes": _memory_limit(config),
             "options": dict(options or {}),

@@ -1,6 +1,5 @@
 """Run one cell in processes of its own and turn whatever happens into a record."""
 
-import dataclasses
 import datetime
 import hashlib
 import json
@@ -107,7 +106,8 @@ def _record(config: ExperimentConfig, outcomes: list[Outcome]) -> Record:
         throughput_examples_per_s=examples / median(times) if complete and times else None,
         phases=_phases(repeats) if complete else {},
         breakdown_bytes=worst.breakdown_bytes if worst else {},
-        config_requested=dataclasses.asdict(config),
+        breakdown_by_part=worst.breakdown_by_part if worst else {},
+        config_requested=config.as_dict(),
         config_resolved=resolved,
         choices=answers[-1]["choices"] if answers else {},
         environment=environment,

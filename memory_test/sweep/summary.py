@@ -1,6 +1,8 @@
 """A cell and its record in a few lines for people."""
 
+from collections.abc import Mapping
 from statistics import median
+from typing import Any
 
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.schema import Record
@@ -12,11 +14,22 @@ def describe_cell(config: ExperimentConfig) -> str:
     resolved = config.resolve(device=config.device, num_threads=config.num_threads or 0)
     if config.is_custom:
         return f"{config.experiment}: {config.model}, batch {config.batch_size}, {config.dtype}"
-    size = f"{config.in_channels}x{config.latent_size}x{config.latent_size}"
+    size = f"{resolved['in_channels']}x{resolved['latent_size']}x{resolved['latent_size']}"
+    tokens = "" if resolved["num_tokens"] is None else f", T={resolved['num_tokens']}"
+    rows = "" if resolved["rows_per_unit"] == 1 else f" of {resolved['rows_per_unit']} rows each"
     return (
-        f"{config.experiment}: {resolved['model']}, {config.image_size} px, input {size}, T={resolved['num_tokens']}, "
-        f"batch {config.batch_size}, {config.dtype}"
+        f"{config.experiment}: {resolved['model']}, {resolved['image_size']} px, input {size}{tokens}, "
+        f"batch {config.batch_size}{rows}, {config.dtype}{describe_training(resolved)}"
     )
+
+
+def describe_training(resolved: Mapping[str, Any]) -> str:
+    """Return what trains, if that is not everything: ``, trains x2, head``; a schedule's first phase, and its name."""
+    train, groups = resolved.get("train"), resolved.get("trained_groups") or []
+    if train in (None, "full"):
+        return ""
+    named = ", ".join(groups)
+    return f", trains {named}" if train in (named, "x2") else f", trains {named} ({train})"
 
 
 def short_result(record: Record) -> str:

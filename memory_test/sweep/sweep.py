@@ -1,7 +1,6 @@
 """Run a sweep: resume what is done, refuse to mix environments, keep every finished cell whatever happens."""
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +86,8 @@ def run(plan: Plan, on_cell: Callable[[Cell], None] = lambda cell: None) -> Iter
 def file_name(config: ExperimentConfig, device: str) -> str:
     """Return the cell's file name: readable, and unique by its resolved configuration."""
     resolved = config.resolve(device=device, num_threads=default_threads())
-    model = Path(config.model).name if config.pretrained else "-".join(re.findall(r"[\w.]+", config.model_label))
-    size = [] if config.is_custom else [f"{config.image_size}px"]
-    parts = [config.experiment, model, *size, f"b{config.batch_size}", config.dtype]
+    size = [] if config.is_custom else [f"{resolved['image_size']}px"]
+    parts = [config.experiment, config.file_label, *size, f"b{config.batch_size}", config.dtype]
     return "-".join([*parts, config_digest(resolved)[:8]]) + ".json"
 
 

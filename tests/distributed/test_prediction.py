@@ -9,13 +9,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from dit_dp.training.shards import shard
 from memory_test.core.breakdown import Log
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.measure import MEMORY_STEPS, run_loop, summarise
 from memory_test.core.meters import Times, memory_meter
 from memory_test.core.workload import build_model
 from memory_test.predict.predict import imagined_run, predict_memory
-from memory_test.predict.ranks import shard
 from tests.distributed.pool import SIZE, Pool
 
 SMALL: dict[str, Any] = {"model": "DiT-S/2", "depth": 2, "hidden_size": 128, "num_heads": 4, "device": "cpu"}

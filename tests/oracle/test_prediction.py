@@ -64,6 +64,43 @@ def test_every_option(method: str, changes: dict[str, Any]) -> None:
     check(**{**SMALL, **changes}, experiment=method, batch_size=3)
 
 
+WORKLOADS: dict[str, dict[str, Any]] = {
+    "x2": {**SMALL, "image_size": 128, "model_options": ("x2_width=96",)},
+    "set": {"depth": 2, "hidden_size": 72, "num_heads": 3, "image_size": 16, "model_options": ("sample_size=3",)},
+    "ddt": {
+        "model": "DDT-S",
+        "in_channels": 48,
+        "image_size": 8,
+        "model_options": ("hidden_size=[96,144]", "depth=[2,1]"),
+    },
+    "panda": {"depth": 2, "image_size": 32, "hidden_size": 32, "num_heads": 2},
+}
+
+
+IN_FULL = [pytest.param(method, marks=pytest.mark.full) for method in ("ghost", "lean", "per_layer", "microbatch")]
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("method", ["vanilla", "auto", "bookkeeping", *IN_FULL])
+def test_every_workload(method: str, name: str) -> None:
+    check(workload=name, **WORKLOADS[name], experiment=method, batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("x2", {"train": "full"}),
+        ("x2", {"model_options": ("x2_fuse_every=1", "x2_width=96")}),
+        ("set", {"train": "encoder_then_full(7)", "objective": ("multiplicity=2",)}),
+        ("set", {"model_options": ("sample_size=3", "variational=true", "conditioning=lag")}),
+        ("dit", {**SMALL, "objective": ("multiplicity=2",)}),
+    ],
+    ids=str,
+)
+def test_what_trains_and_what_a_unit_is(name: str, changes: dict[str, Any]) -> None:
+    check(workload=name, **{**WORKLOADS.get(name, {}), **changes}, experiment="bookkeeping", batch_size=4)
+
+
 @pytest.mark.parametrize("changes", [{}, {"accumulation": 2, "batch_size": 3}, {"dtype": "bf16"}], ids=str)
 @pytest.mark.parametrize(
     ("method", "name"),

@@ -1,9 +1,12 @@
 """A configuration is checked where it is made and resolved before it runs."""
 
+import json
+
 import pytest
 
 from dit_dp.errors import UsageError
-from memory_test.core.config import DECIDED, ExperimentConfig
+from dit_dp.workloads import WORKLOADS
+from memory_test.core.config import DECIDED, DERIVED, ExperimentConfig
 from memory_test.sweep.summary import describe_cell
 from memory_test.sweep.sweep import file_name
 
@@ -54,7 +57,7 @@ def test_defaults_become_explicit() -> None:
 
 def test_a_users_model_decides_its_sizes() -> None:
     resolved = resolve(model="package.module:build", batch_size=7, dtype="bf16", compile=True)
-    for name in (*DECIDED, "latent_size", "num_tokens"):
+    for name in (*DECIDED, *DERIVED):
         assert resolved[name] is None
     assert (resolved["model"], resolved["batch_size"], resolved["dtype"]) == ("package.module:build", 7, "bf16")
     config = ExperimentConfig(experiment="ghost", model="package.module:build", batch_size=7)
@@ -68,7 +71,8 @@ def test_a_users_model_decides_its_sizes() -> None:
     [
         ("image_size", 64), ("patch_size", 2), ("in_channels", 3), ("latent_downsample", 1), ("hidden_size", 64),
         ("depth", 2), ("num_heads", 2), ("num_classes", 10), ("class_dropout_prob", 0.0), ("learn_sigma", False),
-        ("activation_checkpointing", True), ("data", "digits"),
+        ("activation_checkpointing", True), ("data", "digits"), ("workload", "x2"), ("train", "head"),
+        ("model_options", ("mlp_ratio=2.0",)), ("objective", ("multiplicity=2",)),
     ],
 )  # fmt: skip
 def test_what_a_users_model_decides_is_refused(name: str, value: object) -> None:
@@ -86,7 +90,7 @@ def test_what_a_users_model_decides_is_refused(name: str, value: object) -> None
         ({"model": "DiT-M/2"}, ["model", "'DiT-M/2'", "DiT-XL/2"]),
         ({"memory_budget_gib": 0.0}, ["memory_budget_gib", "0.0", "> 0"]),
         ({"memory_budget_gib": 1.0}, ["memory_budget_gib", "1.0", "ghost takes no memory budget"]),
-        ({"in_channels": 1}, ["in_channels", "3 (RGB pixels), 4 (VAE latents)"]),
+        ({"in_channels": 2}, ["in_channels", "3 (RGB pixels), 4 (VAE latents)"]),
         ({"image_size": 250}, ["image_size", "250", "multiple of 8"]),
         ({"image_size": 264, "patch_size": 2}, ["image_size", "multiple of 16"]),
         ({"batch_size": 0}, ["batch_size", "0", ">= 1"]),
@@ -101,6 +105,19 @@ def test_what_a_users_model_decides_is_refused(name: str, value: object) -> None
         ({"experiment": "opacus-ew", "compile": True}, ["compile", "opacus-ew", "vanilla, "]),
         ({"experiment": "opacus-ew", "dtype": "bf16"}, ["dtype", "float32"]),
         ({"hidden_size": 100, "num_heads": 16}, ["hidden_size", "multiple of 16"]),
+        ({"workload": "dot"}, ["workload", "'dot'", "panda"]),
+        ({"workload": "panda", "in_channels": 4}, ["in_channels", "4", "takes pixels only"]),
+        ({"workload": "set", "in_channels": 4}, ["in_channels", "4", "takes pixels only"]),
+        ({"workload": "panda", "data": "digits"}, ["num_classes", "1", ">= 10 for digits"]),
+        ({"num_classes": 5, "in_channels": 3, "data": "digits"}, ["num_classes", "5", ">= 10 for digits"]),
+        ({"workload": "ddt", "data": "digits"}, ["data", "--in-channels 3"]),
+        ({"workload": "set", "model_options": ("sample_size=1",)}, ["set_size", "1", ">= 2"]),
+        ({"workload": "set", "experiment": "opacus"}, ["experiment", "opacus", "a unit here has 6"]),
+        ({"objective": ("multiplicity=2",), "experiment": "opacus"}, ["experiment", "a unit here has 2"]),
+        ({"train": "encoder_then_full(0)"}, ["train", "encoder_then_full(0)", "a number >= 1"]),
+        ({"train": "everything"}, ["train", "'everything'", "bias_norm"]),
+        ({"workload": "x2", "pretrained": True}, ["workload", "'x2'", "drop --pretrained"]),
+        ({"workload": "ddt", "model_options": ("num_heads=[5,5]",)}, ["hidden_size", "multiple of 5"]),
     ],
 )
 def test_mistakes_name_field_value_and_fix(values: dict[str, object], words: list[str]) -> None:
@@ -110,3 +127,62 @@ def test_mistakes_name_field_value_and_fix(values: dict[str, object], words: lis
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_pretrained_is_the_workload_of_diffusers() -> None:
+    named, flagged = resolve(workload="diffusers", model="folder"), resolve(pretrained=True, model="folder")
+    assert named == flagged
+    assert (named["workload"], named["pretrained"], named["model"], named["depth"]) == (
+        "diffusers",
+        True,
+        "folder",
+        None,
+    )
+
+
+def test_every_workload_says_what_it_is_made_of() -> None:
+    found = {name: resolve(workload=name) for name in WORKLOADS}
+    assert {name: (r["model"], r["num_tokens"], r["unit"], r["rows_per_unit"]) for name, r in found.items()} == {
+        "dit": ("DiT-XL/2", 256, "image", 1),
+        "diffusers": ("facebook/DiT-XL-2-256", None, "image", 1),
+        "x2": ("x2 DiT-XL/2", 256, "image", 1),
+        "set": ("Set/2", 256, "set", 6),
+        "ddt": ("DDT-XL/1", 256, "image", 1),
+        "panda": ("Panda/4", 4096, "image", 1),
+    }
+    assert found["x2"]["trained_groups"] == ["x2", "head"]
+    assert found["ddt"]["hidden_size"] == [1152, 2048]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_schedule_starts_with_its_first_phase() -> None:
+    resolved = resolve(workload="set", train="encoder_then_full(5000)", objective=["multiplicity=2"])
+    assert (resolved["train"], resolved["trained_groups"]) == ("encoder_then_full(5000)", ["encoder"])
+    assert resolved["rows_per_unit"] == 12
+
+
+@pytest.mark.parametrize(
+    ("values", "said", "file"),
+    [
+        (
+            {"workload": "x2", "model": "DiT-S/2", "depth": 4, "batch_size": 2},
+            "ghost: x2 DiT-S/2 (depth 4), 256 px, input 4x32x32, T=256, batch 2, float32, trains x2, head",
+            "ghost-x2-DiT-S-2-depth-4-256px-b2-float32-",
+        ),
+        (
+            {"workload": "set", "train": "encoder_then_full(9)"},
+            "ghost: Set/2, 32 px, input 3x32x32, T=256, batch 1 of 6 rows each, float32, trains encoder "
+            "(encoder_then_full(9))",
+            "ghost-Set-2-32px-b1-float32-",
+        ),
+        (
+            {"workload": "ddt", "model": "DDT-S", "model_options": ("hidden_size=[96,144]",)},
+            "ghost: DDT-S/1 (width 96/144), 224 px, input 768x16x16, T=256, batch 1, float32",
+            "ghost-DDT-S-1-width-96-144-224px-b1-float32-",
+        ),
+    ],
+)
+def test_a_cell_is_named_by_its_workload(values: dict[str, object], said: str, file: str) -> None:
+    config = ExperimentConfig(**{"experiment": "ghost", **values})  # type: ignore[arg-type]
+    assert describe_cell(config) == said
+    assert file_name(config, "cpu").startswith(file)

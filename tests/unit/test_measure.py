@@ -45,6 +45,11 @@ def test_every_method_goes_through_the_same_loop(method: str) -> None:
     assert list(repeat.breakdown_bytes) == list(BREAKDOWN)
     assert sum(repeat.breakdown_bytes.values()) == repeat.peak_allocated_bytes
     assert abs(repeat.breakdown_bytes["unattributed"]) < 0.01 * repeat.peak_allocated_bytes  # type: ignore[operator]
+    by_part = repeat.breakdown_by_part
+    assert by_part.keys() == {"backbone", "head", "elsewhere"}
+    for category, size in repeat.breakdown_bytes.items():
+        if category != "unattributed":
+            assert sum(part.get(category, 0) for part in by_part.values()) == size
     parameters = 4 * result.choices["num_parameters"]
     assert 0 <= repeat.breakdown_bytes["parameters"] - parameters < 1024
     adamw = 8 * result.choices["num_trainable_parameters"]

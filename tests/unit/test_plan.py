@@ -71,7 +71,8 @@ TIGHT = [
 @pytest.mark.parametrize(("method", "logical", "gib"), TIGHT)
 def test_what_the_command_runs_fits_with_the_margin(method: str, logical: int, gib: float) -> None:
     """The command's very cell, imagined on the card less its margin."""
-    from memory_test.cli import RunArgs, parse
+    from dit_dp.console import parse
+    from memory_test.cli import RunArgs
 
     wide: dict[str, Any] = {"hidden_size": 512, "num_heads": 8, "depth": 2} if logical == 4 else {}
     args = PlanArgs(**{**SMALL, **wide, "batch_size": logical, "margin": 0.2, "gpu": f"custom:memory={gib},context=64"})
@@ -129,7 +130,8 @@ def test_the_fastest_private_method_is_recommended() -> None:
 
 
 def test_the_command_is_one_that_run_takes() -> None:
-    from memory_test.cli import RunArgs, parse
+    from dit_dp.console import parse
+    from memory_test.cli import RunArgs
 
     args = PlanArgs(**{**SMALL, "dtype": "bf16", "ema": True})
     budget = Budget(epsilon=8.0, delta=1e-6, sample_rate=0.1, steps=10, noise_multiplier=1.23456)

@@ -1,5 +1,7 @@
 """Workloads: what a choice becomes, and what is refused in one line."""
 
+import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from dit_dp.errors import UsageError
 from dit_dp.models import FAMILIES
-from dit_dp.workloads import WORKLOADS, WorkloadConfig, build_model, build_objective, input_shape
+from dit_dp.workloads import WORKLOADS, WorkloadConfig, build_model, build_objective, input_shape, stored_spec
 
 SMALL: dict[str, dict[str, Any]] = {
     "dit": {"model": "DiT-S/2", "depth": 1, "hidden_size": 16, "num_heads": 2, "image_size": 32, "num_classes": 5},
@@ -59,6 +61,12 @@ def test_defaults_are_the_authors() -> None:
     assert specs["set"].objective.rows_per_unit == 6
 
 
+def test_pixels_are_grey_or_coloured() -> None:
+    for channels in (1, 3):
+        spec = WorkloadConfig(workload="dit", in_channels=channels, image_size=28, patch_size=7).spec
+        assert (input_shape(spec), spec.num_tokens, spec.in_latents) == ((channels, 28, 28), 16, False)
+
+
 def test_a_variational_set_model_is_given_its_context_noise() -> None:
     options = (*SMALL["set"]["model_options"], "variational=true", "conditioning=lag")
     spec = WorkloadConfig(workload="set", **SMALL["set"] | {"model_options": options}).spec
@@ -96,3 +104,30 @@ def test_what_does_not_fit_is_named(workload: str, changes: dict[str, Any], said
     with pytest.raises(UsageError, match=said.replace("(", r"\(")) as raised:
         WorkloadConfig(workload=workload, **changes)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if name != "diffusers"])
+def test_a_specification_comes_back_from_json(name: str) -> None:
+    spec = WorkloadConfig(workload=name).spec
+    again = stored_spec(json.loads(json.dumps(dataclasses.asdict(spec))))
+    assert again == spec
+    assert {key: type(value) for key, value in again.arguments.items()} == {
+        key: type(value) for key, value in spec.arguments.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "other"}, "spec.name"),
+        ({"image_size": "32"}, "image_size"),
+        ({"more": 1}, "more"),
+        ({"objective": {}}, "spec.objective"),
+        ({"objective": None}, "spec.objective"),
+    ],
+)
+def test_a_specification_of_another_version_is_refused(change: dict[str, Any], words: str) -> None:
+    plain = dataclasses.asdict(WorkloadConfig().spec) | change
+    with pytest.raises(UsageError, match=words) as caught:
+        stored_spec(plain)
+    assert "\n" not in str(caught.value)

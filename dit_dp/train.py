@@ -1,0 +1,39 @@
+"""``dit-dp train``; also ``python -m dit_dp.train``, and a script for torchrun. Parse, call, exit."""
+
+import sys
+from collections.abc import Sequence
+
+from dit_dp.console import complain, guarded
+from dit_dp.errors import UsageError
+from dit_dp.trainer.config import TrainConfig
+from dit_dp.trainer.recipes import with_recipe
+
+NAME = "dit-dp"
+
+
+def main(argv: Sequence[str] | None = None, prog: str = f"{NAME} train") -> int:
+    """Train a workload: ``--recipe NAME|FILE``, and options that change it.
+
+    Returns:
+        0 done, 2 the user's mistake, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        words = with_recipe(arguments)
+    except UsageError as error:
+        return complain(error, NAME)
+
+    def train(config: TrainConfig) -> int:
+        from dit_dp.trainer.run import run
+        from dit_dp.trainer.world import launch, started_by_torchrun
+
+        if config.devices > 1 and not started_by_torchrun():
+            launch(config.devices, arguments)
+        return run(config)
+
+    interrupted = "interrupted; go on with --resume auto, the steps that were charged stay charged"
+    return guarded(TrainConfig, words, prog, train, name=NAME, interrupted=interrupted)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

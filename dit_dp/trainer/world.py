@@ -1,0 +1,107 @@
+"""The processes that train together: this one, its device, and how the others are reached."""
+
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dit_dp.errors import UsageError
+
+WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+"""What torchrun tells each process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Where this process stands.
+
+    Attributes:
+        rank: Of this process.
+        size: Number of processes.
+        device: Where it trains.
+        group: Of all processes; `None` if it is alone.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def shared(self, value: Any) -> Any:
+        """Return the first process's value; plain data."""
+        if self.group is None:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, group=self.group, group_src=0)
+        return held[0]
+
+    def entropy(self, size: int) -> bytes:
+        """Return bytes from the operating system, the same in every process."""
+        drawn: bytes = self.shared(secrets.token_bytes(size))
+        return drawn
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the processes."""
+        if self.group is not None:
+            values = values.clone()
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+
+def join_world(device: str) -> World:
+    """Return where this process stands, joining the others if torchrun started it.
+
+    Args:
+        device: ``auto``, ``cuda`` or ``cpu``.
+
+    Raises:
+        UsageError: There is no such device, or fewer than processes on this machine.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError.for_value("device", device, "cpu", "torch finds no CUDA device")
+    if not started_by_torchrun():
+        return World(rank=0, size=1, device=torch.device(device), group=None)
+    rank, size, local = (int(os.environ[name]) for name in WORLD_VARIABLES)
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            fix = f"this machine has {torch.cuda.device_count()} CUDA devices"
+            raise UsageError.for_value("devices", local + 1, f"at most {torch.cuda.device_count()}", fix)
+        torch.cuda.set_device(local)
+    torch.optim.SGD([torch.zeros(1)])  # what it imports would hold the group beyond its end, if it were there already
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    place = torch.device(device, local) if device == "cuda" else torch.device(device)
+    return World(rank=rank, size=size, device=place, group=dist.group.WORLD)
+
+
+def leave_world(world: World) -> None:
+    """Part from the others."""
+    if world.group is not None:
+        dist.destroy_process_group()
+
+
+def started_by_torchrun() -> bool:
+    """Return whether this process is one of several."""
+    return all(name in os.environ for name in WORLD_VARIABLES)
+
+
+def launch(devices: int, argv: Sequence[str]) -> None:
+    """Replace this process by torchrun, which starts one process a device with the same arguments."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"]
+    os.execv(sys.executable, [*command, "-m", "dit_dp.train", *argv])

@@ -1,0 +1,82 @@
+"""A run on two ranks is the run on one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dit_dp.trainer.budget import plan_budget
+from dit_dp.trainer.config import TrainConfig
+from dit_dp.trainer.data import open_data
+from dit_dp.trainer.trainer import Trainer
+from dit_dp.trainer.world import World
+from dit_dp.workloads import build_model
+from tests.distributed.pool import SIZE, Pool, alone
+
+STEPS = 3
+
+
+def config_of(folder: Path, **changes: Any) -> TrainConfig:
+    tiny: dict[str, Any] = {
+        "data": "digits",
+        "in_channels": 3,
+        "image_size": 8,
+        "model": "DiT-S/2",
+        "hidden_size": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "num_classes": 10,
+        "batch_size": 6,
+        "steps": STEPS,
+        "noise_multiplier": 0.7,
+        "method": "ghost",
+        "physical_batch_size": 2,
+        "insecure_seed": 3,
+        "ema_decay": 0.5,
+        "device": "cpu",
+        "output_dir": folder,
+    }
+    return TrainConfig(**{**tiny, **changes})
+
+
+def trained(folder: Path, together: bool, changes: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """Train; return each parameter's name and two sums over it, and over its average."""
+    config = config_of(folder, **changes)
+    rank, size = (dist.get_rank(), SIZE) if together else (0, 1)
+    group = dist.group.WORLD if together else alone()
+    world = World(rank=rank, size=size, device=torch.device("cpu"), group=group)
+    spec = config.spec
+    data = open_data(config, spec, folder, world.device)
+    own = folder / f"{dist.get_rank()}-{together}-{config.sharding}"
+    own.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.init_seed)
+    trainer = Trainer(config, spec, data, plan_budget(config, spec, len(data.train)), world, own, build_model(spec))
+    for _ in trainer.steps():
+        pass
+    values = {name: whole(p.detach()) for name, p in trainer.runner.model.named_parameters()}
+    averages = {name: whole(average) for name, average in trainer.runner.averages.items()}
+    trainer.close()
+    return [(name, spread(p), spread(averages.get(name, p))) for name, p in values.items()]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor at full shape."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def spread(tensor: torch.Tensor) -> float:
+    """Return a sum with weights, which tells tensors apart."""
+    weights = torch.linspace(0.5, 1.5, tensor.numel(), dtype=torch.float64)
+    return float((tensor.flatten().double() * weights).sum())
+
+
+@pytest.mark.parametrize("changes", [{}, {"sharding": "fsdp2"}], ids=["replicas", "shards"])
+def test_two_ranks_give_the_parameters_of_one(on_ranks: Pool, tmp_path: Path, changes: dict[str, Any]) -> None:
+    first, second = on_ranks(trained, tmp_path, True, changes)
+    one, _ = on_ranks(trained, tmp_path, False, {})
+    assert [name for name, _, _ in first] == [name for name, _, _ in one]
+    for mine, other, wanted in zip(first, second, one, strict=True):
+        assert mine[1:] == pytest.approx(other[1:], rel=1e-6)
+        assert mine[1:] == pytest.approx(wanted[1:], rel=1e-4, abs=1e-5), mine[0]

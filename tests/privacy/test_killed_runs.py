@@ -1,0 +1,94 @@
+"""Runs that are killed at any moment and go on: nothing is released twice, and nothing without being charged."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dit_dp.privacy import Ledger
+from tests.privacy.witnessed_run import STEPS
+
+KILLS = 50
+SAMPLE = 2
+SEED = 20261124
+TIMEOUT_S = 120.0
+
+
+def told(witness: Path) -> list[dict[str, object]]:
+    """Return what the witness has; a line that was being written when the process died tells of nothing released."""
+    lines = witness.read_text().splitlines() if witness.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def start(folder: Path, witness: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "tests.privacy.witnessed_run", str(folder), str(witness)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def kill_at(process: "subprocess.Popen[bytes]", witness: Path, lines: int, extra_s: float) -> None:
+    """Kill a process some time after the witness has grown by so many lines."""
+    before, deadline = len(told(witness)), time.monotonic() + TIMEOUT_S
+    while len(told(witness)) < before + lines and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(extra_s)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.stderr is not None
+    process.stderr.close()
+
+
+def check(folder: Path, witness: Path) -> None:
+    lines = told(witness)
+    digests = Counter(line["digest"] for line in lines if line["kind"] == "noise")
+    assert digests
+    assert max(digests.values()) == 1  # no noise vector twice
+    samples = [line["units"] for line in lines if line["kind"] == "sample"]
+    for units in samples:
+        assert isinstance(units, list)
+        assert len(set(units)) == len(units)  # no record twice in one sum
+    (ledger,) = folder.glob("*/ledger.jsonl")
+    assert Ledger.read(ledger).num_charges >= len(samples)  # a step draws its sample after it is charged
+
+
+def finish(folder: Path, witness: Path) -> None:
+    process = start(folder, witness)
+    _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, errors.decode()[-2000:]
+
+
+def test_an_undisturbed_run_is_charged_what_it_released(tmp_path: Path) -> None:
+    folder, witness = tmp_path / "runs", tmp_path / "witness"
+    finish(folder, witness)
+    check(folder, witness)
+    (ledger,) = folder.glob("*/ledger.jsonl")
+    samples = [line for line in told(witness) if line["kind"] == "sample"]
+    assert Ledger.read(ledger).num_charges == len(samples) == STEPS
+
+
+def killed_and_resumed(tmp_path: Path, kills: int, chance: random.Random) -> None:
+    """Kill a run so many times, then let it end."""
+    folder, witness = tmp_path / "runs", tmp_path / "witness"
+    for _ in range(kills):
+        kill_at(start(folder, witness), witness, chance.randrange(40), chance.random() * 0.02)
+        if list(folder.glob("*/ledger.jsonl")) and told(witness):
+            check(folder, witness)
+    finish(folder, witness)
+    check(folder, witness)
+
+
+def test_killed_runs_go_on_and_pay(tmp_path: Path) -> None:
+    killed_and_resumed(tmp_path, SAMPLE, random.Random(SEED))
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("number", range(KILLS // 5))
+def test_killed_runs_go_on_and_pay_every_time(tmp_path: Path, number: int) -> None:
+    killed_and_resumed(tmp_path, 5, random.Random(SEED + number))

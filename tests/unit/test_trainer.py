@@ -1,0 +1,209 @@
+"""A run: what it is asked for, what it does, what it writes; small enough for a second."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dit_dp import train
+from dit_dp.console import parse
+from dit_dp.errors import UsageError
+from dit_dp.privacy import Ledger, Mechanism, epsilon
+from dit_dp.trainer.budget import plan_budget
+from dit_dp.trainer.config import TrainConfig
+from dit_dp.trainer.rates import learning_rate_at
+from dit_dp.trainer.recipes import load_recipe, recipe_names, with_recipe
+from dit_dp.trainer.run import run
+
+TINY: dict[str, Any] = {
+    "data": "digits",
+    "in_channels": 3,
+    "image_size": 8,
+    "model": "DiT-S/2",
+    "hidden_size": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "num_classes": 10,
+    "batch_size": 16,
+    "steps": 4,
+    "noise_multiplier": 1.0,
+    "method": "bookkeeping",
+    "num_samples": 0,
+    "log_every": 1,
+    "device": "cpu",
+}
+
+
+def tiny(folder: Path, **changes: Any) -> TrainConfig:
+    return TrainConfig(**{**TINY, "output_dir": folder, **changes})
+
+
+def only_run(folder: Path) -> Path:
+    (found,) = (path for path in folder.iterdir() if path.name[:3].isdigit())
+    return found
+
+
+def test_a_run_writes_what_it_did(tmp_path: Path) -> None:
+    run(tiny(tmp_path, held_out=0.1, num_samples=4, ema_decay=0.9))
+    folder = only_run(tmp_path)
+    assert folder.name == "000-DiT-S-2-train"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["steps"], summary["num_charges"]) == (4, 4)
+    charged = Mechanism(noise_multiplier=1.0, sample_rate=summary["sample_rate"], num_steps=4)
+    assert summary["epsilon"] == pytest.approx(epsilon(charged, 1e-5), rel=1e-6)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["validation_loss"] > 0 and line["loss"] > 0 for line in lines)
+    assert [line["epsilon"] for line in lines] == sorted(line["epsilon"] for line in lines)
+    log = (folder / "log.txt").read_text()
+    assert "(step=0000004) Train Loss: " in log
+    assert "not covered by epsilon" in log
+    assert "delta 1e-05" in log
+    assert (folder / "samples" / "step-00000004.png").is_file()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_a_run_goes_on_where_it_was_and_pays_for_what_was_lost(tmp_path: Path) -> None:
+    run(tiny(tmp_path, steps=3, checkpoint_every=2))
+    folder = only_run(tmp_path)
+    last = folder / "checkpoints" / "step-00000003"
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    run(tiny(tmp_path, steps=3, checkpoint_every=2, resume="auto"))
+    assert only_run(tmp_path) == folder
+    assert Ledger.read(folder / "ledger.jsonl").num_charges == 4  # step 3 twice
+
+
+def test_a_run_stops_before_the_step_that_would_overspend(tmp_path: Path) -> None:
+    config = tiny(tmp_path, epsilon=2.2, noise_multiplier=0.8, steps=40, batch_size=64)
+    run(config)
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    charged = Mechanism(noise_multiplier=0.8, sample_rate=summary["sample_rate"], num_steps=summary["steps"])
+    assert 0 < summary["steps"] < 40
+    assert epsilon(charged, 1e-5) <= 2.2 < epsilon(replace(charged, num_steps=charged.num_steps + 1), 1e-5)
+
+
+def test_the_noise_keeps_the_budget(tmp_path: Path) -> None:
+    config = tiny(tmp_path, epsilon=3.0, noise_multiplier=None, steps=50)
+    budget = plan_budget(config, config.spec, 1000)
+    run_of = Mechanism(noise_multiplier=budget.noise_multiplier, sample_rate=0.016, num_steps=50)
+    assert 2.97 < epsilon(run_of, 1e-5) <= 3.0
+    assert budget.most_charges == 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "vanilla", "noise_multiplier": None}, "no privacy: vanilla"),
+        ({"noise_multiplier": 0.0}, "no privacy"),
+        ({"insecure_seed": 1}, "no privacy: sampling and noise come from a seed"),
+        ({"sampling": "shuffled"}, "no epsilon is claimed"),
+    ],
+)
+def test_what_is_not_private_says_so(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    config = tiny(tmp_path, **changes)
+    assert said in plan_budget(config, config.spec, 1000).claim
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": None}, "data: got None"),
+        ({"data": "nowhere"}, "data: got 'nowhere'"),
+        ({"noise_multiplier": None}, "epsilon: got None"),
+        ({"epsilon": 0.0}, "epsilon: got 0.0"),
+        ({"epsilon": -1.0}, "epsilon: got -1.0"),
+        ({"epsilon": float("nan")}, "epsilon: got nan"),
+        ({"noise_multiplier": float("nan")}, "noise_multiplier: got nan"),
+        ({"learning_rate": float("nan")}, "learning_rate: got nan"),
+        ({"delta": 1.0}, "delta: got 1.0"),
+        ({"delta": 0.0}, "delta: got 0.0"),
+        ({"epochs": 2.0}, "steps: got 4"),
+        ({"steps": None}, "steps: got None"),
+        ({"method": "vanilla"}, "vanilla has no privacy"),
+        ({"sampling": "shuffled", "epsilon": 1.0}, "no epsilon is claimed of fixed batches"),
+        ({"batch_size": 5000}, "batch_size: got 5000"),
+        ({"memory_budget_gib": 1.0}, "memory_budget_gib: got 1.0"),
+        ({"epsilon": 0.1, "noise_multiplier": 0.5}, "one step with noise multiplier 0.5"),
+        ({"sharding": "fsdp2"}, "sharding: got 'fsdp2'"),
+        ({"resume": "nowhere"}, "resume: got 'nowhere'"),
+        ({"num_classes": 5}, "num_classes: got 5"),
+        ({"in_channels": 4}, "image_size: got 8"),
+        ({"in_channels": 4, "image_size": 64}, "frontend: got None"),
+        ({"frontend": "vae", "workload": "panda", "model": "Panda/4", "num_classes": None}, "takes pixels"),
+        ({"weights": Path("nowhere.pt")}, "nowhere.pt"),
+        ({"tracker": "tensorboard", "insecure_seed": -1}, "insecure_seed: got -1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_left(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        run(tiny(tmp_path / "runs", **changes))
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.rglob("ledger.jsonl"))
+
+
+def test_a_missing_gpu_is_named(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UsageError, match="device: got 'cuda'"):
+        run(tiny(tmp_path, device="cuda"))
+
+
+@pytest.mark.parametrize("name", ["noise_multiplier", "batch_size", "data"])
+def test_a_run_does_not_go_on_under_other_conditions(tmp_path: Path, name: str) -> None:
+    run(tiny(tmp_path))
+    other = {"noise_multiplier": 2.0, "batch_size": 8, "data": "synthetic"}
+    with pytest.raises(UsageError, match=r"checkpoint|ledger"):
+        run(tiny(tmp_path, resume="auto", steps=6, **{name: other[name]}))
+    assert Ledger.read(only_run(tmp_path) / "ledger.jsonl").num_charges == 4
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    config = TrainConfig(
+        **{**TINY, "learning_rate": 1.0, "warmup_steps": 4, "lr_schedule": "cosine", "final_learning_rate": 0.1}
+    )
+    rates = [learning_rate_at(config, step, 10) for step in range(1, 11)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[6] == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1)
+    linear = replace(config, lr_schedule="linear")
+    assert learning_rate_at(linear, 7, 10) == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_are_runs(name: str) -> None:
+    recipe = load_recipe(name, data="synthetic")
+    words = ["--recipe", name, "--data-path", "synthetic", "--steps", "7", "--epochs", "None"]
+    assert parse(TrainConfig, with_recipe(words)) == replace(recipe, steps=7, epochs=None)
+
+
+def test_a_recipe_of_ones_own_says_what_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("workload: dit\nspeed: 3\n")
+    with pytest.raises(UsageError, match="got 'speed'"):
+        load_recipe(str(file))
+    file.write_text("workload: dit\ndata: digits\nsteps: many\n")
+    with pytest.raises(UsageError, match="steps"):
+        load_recipe(str(file))
+    with pytest.raises(UsageError, match="recipe: got 'mnst'"):
+        load_recipe("mnst")
+
+
+def test_a_command_line_mistake_has_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--data", "digits", "--steps", "3", "--output-dir", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("dit-dp: error: epsilon: got None")
+
+
+def test_a_dry_run_says_what_would_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tiny(tmp_path / "runs", epsilon=8.0, noise_multiplier=None, dry_run=True))
+    said = capsys.readouterr().out
+    assert "noise multiplier" in said
+    assert "delta 1e-05" in said
+    assert not (tmp_path / "runs").exists()
