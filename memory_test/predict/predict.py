@@ -56,7 +56,10 @@ class Imagined:
             return None
         trace, places, tags = longer
         trace.order_deaths(place.position for place in places)
-        return replace(self, trace=trace, places=tuple(places), tags=tuple(tags))
+        start = next(place.position for place in self.places if place.step == self.places[-1].step)
+        span = self.places[-1].position - start
+        again = (replace(part, position=part.position + span) for part in self.parts if part.position >= start)
+        return replace(self, trace=trace, places=tuple(places), tags=tuple(tags), parts=(*self.parts, *again))
 
 
 class TraceMeter(TaggingMeter):

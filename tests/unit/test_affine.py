@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,7 +85,7 @@ def test_the_look_for_coupled_examples_is_as_if_traced_whole(method: str, monkey
     short = imagined(3, experiment=method, whole=True, dtype="bf16")
     with nothing_alike(monkeypatch):
         whole = imagined(3, experiment=method, whole=True, dtype="bf16")
-    assert short == whole
+    assert replace(short, parts=()) == replace(whole, parts=())  # which part of the model is tried is not told again
 
 
 @pytest.mark.parametrize(("method", "dtype"), CASES)
