@@ -111,7 +111,7 @@ def test_a_step_that_leaves_more_than_it_was_left_is_not_repeated() -> None:
         assert with_another_step(Trace([*sizes[:2], other], trace.events, [], [0] * 6), places, []) is None
     assert with_another_step(Trace(sizes, [0, 1, 2, 2, 1, 0], [], [0] * 6), places, []) is not None
     assert (
-        with_another_step(Trace(sizes, [0, 1, 2, 1, 0, 2], [], [0] * 6), places[:3] + [Place(3, 2, "idle")], []) is None
+        with_another_step(Trace(sizes, [0, 1, 2, 1, 0, 2], [], [0] * 6), [*places[:3], Place(3, 2, "idle")], []) is None
     )
 
 
