@@ -59,7 +59,10 @@ class Hardware:
         return range(count)
 
     def apply(self, function: Callable[..., T], *args: Any) -> T:
-        """Return what a function of tensors returns; what it takes meanwhile follows from their shapes alone."""
+        """Return what a function of tensors returns, one or none; what it takes follows from their shapes alone.
+
+        All functions made of one piece of code are one: what they close over is the same, or does not matter.
+        """
         return function(*args)
 
 

@@ -4,6 +4,7 @@ Pure arithmetic over two trials (`probe`): storages with their lives, one unit's
 lengthens lives to the end of the backward, what is recomputed cuts them in two; the peak is read off the curve.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -233,15 +234,16 @@ class Curve:
         instants = {
             name: [call.instant for call in trial.weights if call.name.startswith(f"{name}.")] for name in names
         }
+        births = [life.born for life in trial.lives]
         found = []
         for name, later in zip_longest(names, names[1:]):
             begin, end = windows[name]
             start = max(instants[later] if later else [], default=trial.backward)
             last = max(instants[name], default=start)
             saved = sum(
-                size
-                for index, (life, size) in enumerate(zip(trial.lives, self._bytes, strict=True))
-                if begin < life.born <= end < (life.dies or trial.end) and index not in borders
+                self._bytes[index]
+                for index in range(bisect_right(births, begin), bisect_right(births, end))
+                if (trial.lives[index].dies or trial.end) > end and index not in borders
             )
             edge = sum(self._bytes[index] for index in trial.inputs.get(name, ()))
             found.append(_BlockBytes(name, end, start, last, saved, edge, self._excess(start, last)))
@@ -249,13 +251,18 @@ class Curve:
 
     def _excess(self, start: int, last: int) -> int:
         """Return by how much a stretch of the backward rises above where it began."""
-        change, highest = 0, 0
-        events = [(life.born, self._bytes[i]) for i, life in enumerate(self._trial.lives)]
-        events += [(life.dies, -self._bytes[i]) for i, life in enumerate(self._trial.lives) if life.dies is not None]
-        for _, size in sorted((event for event in events if start < event[0] <= last), key=lambda event: event[0]):
-            change += size
-            highest = max(highest, change)
-        return highest
+        times, sizes = self._changes
+        inside = sizes[bisect_right(times, start) : bisect_right(times, last)]
+        return max(accumulate(inside, initial=0))
+
+    @cached_property
+    def _changes(self) -> tuple[list[int], list[int]]:
+        """When storages come and go, in order, and by how many bytes."""
+        lives = list(zip(self._trial.lives, self._bytes, strict=True))
+        events = [(life.born, size) for life, size in lives]
+        events += [(life.dies, -size) for life, size in lives if life.dies is not None]
+        events.sort(key=lambda event: event[0])
+        return [instant for instant, _ in events], [size for _, size in events]
 
     def _book(self, delta: list[int], keep: set[str], revisited: Mapping[str, object]) -> list[tuple[str, int]]:
         """Lengthen the lives of what is booked; return (weight, bytes) in the order of booking."""

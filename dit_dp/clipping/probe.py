@@ -176,13 +176,17 @@ class Prober:
 
     def _differentiate_each(self, losses: Tensor, inputs: list[Tensor | None], units: Units) -> None:
         """Differentiate one unit's loss after the other's; layers report rows that are reached."""
-        for unit in range(len(losses)):
-            self._alone = unit
-            torch.autograd.backward(losses[unit], retain_graph=True)
+
+        def differentiate(loss: Tensor) -> None:
+            torch.autograd.backward(loss, retain_graph=True)
             for tensor in inputs:
                 if tensor is not None and tensor.grad is not None:
                     self._check_alone("the batch", units.gather(tensor.grad))
                     tensor.grad = None
+
+        for unit in range(len(losses)):
+            self._alone = unit
+            hardware().apply(differentiate, losses[unit])
 
     def compare(self, model: nn.Module, loss_fn: LossFn, batch: Batch, units: Units) -> None:
         """Exchange the rows of one unit of two; the other's loss must not change by a bit.
@@ -201,10 +205,14 @@ class Prober:
         twins = [map_tensors(lambda t: torch.cat([t, t]), each) for each in rows]
         if isinstance(pair, Mapping) and ROW_TO_UNIT in pair:
             twins = [{**twin, ROW_TO_UNIT: pair[ROW_TO_UNIT]} for twin in twins]  # type: ignore[dict-item]
+
+        def forward(rows: Batch) -> Tensor:
+            return loss_fn(model, rows).detach()
+
         with self._fork(model), torch.no_grad(), warnings.catch_warnings():
             # Reentrant checkpointing warns, wherever no gradient is wanted, that there will be none.
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
-            both, *twice, again = [loss_fn(model, each).detach() for each in (pair, *twins, pair)]
+            both, *twice, again = [hardware().apply(forward, each) for each in (pair, *twins, pair)]
             for unit in range(2):
                 if _differ(both[unit], twice[unit][unit]) and not _differ(both, again):
                     raise CoupledExamplesError(

@@ -6,9 +6,13 @@ any other, which are replayed one by one.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeVar
 
 from memory_test.predict.predict import Imagined
 from memory_test.predict.trace import Operation, Storage, Trace
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,28 @@ class AffineRun:
 
     def at(self, batch: int) -> Imagined:
         """Return the run of a batch size."""
-        one, two = self.runs
-        storages = [self._storage(a, b, batch) for a, b in zip(one.trace.storages, two.trace.storages, strict=True)]
-        operations = [
-            self._operation(a, b, batch) for a, b in zip(one.trace.operations, two.trace.operations, strict=True)
-        ]
-        trace = Trace(storages, one.trace.events, operations, one.trace.event_operations)
+        one = self.runs[0]
+        storages, which_storage = self._storages
+        operations, which_operation = self._operations
+        sized = [self._storage(a, b, batch) for a, b in storages]
+        counted = [self._operation(a, b, batch) for a, b in operations]
+        trace = Trace(
+            [sized[number] for number in which_storage],
+            one.trace.events,
+            [counted[number] for number in which_operation],
+            one.trace.event_operations,
+        )
         return replace(one, trace=trace)
+
+    @cached_property
+    def _storages(self) -> tuple[list[tuple[Storage, Storage]], list[int]]:
+        """Which pairs of storages there are, and the number of each one's."""
+        return _distinct(*(run.trace.storages for run in self.runs))
+
+    @cached_property
+    def _operations(self) -> tuple[list[tuple[Operation, Operation]], list[int]]:
+        """Which pairs of operations there are, and the number of each one's."""
+        return _distinct(*(run.trace.operations for run in self.runs))
 
     def _between(self, one: int, two: int, batch: int) -> int:
         """Return the affine function's value, rounded up."""
@@ -70,3 +89,10 @@ class AffineRun:
             num_bytes=max(0, self._between(one.num_bytes, two.num_bytes, batch)),
             count=max(1, self._between(one.count, two.count, batch)),
         )
+
+
+def _distinct(one: list[T], two: list[T]) -> tuple[list[tuple[T, T]], list[int]]:
+    """Return the distinct pairs of two lists' members, and the number of the pair at each place."""
+    numbers: dict[tuple[T, T], int] = {}
+    which = [numbers.setdefault(pair, len(numbers)) for pair in zip(one, two, strict=True)]
+    return list(numbers), which

@@ -1,8 +1,7 @@
 """One configuration without a GPU: the measuring loop on an imagined device, replayed through its allocator."""
 
 import contextlib
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -21,6 +20,7 @@ from memory_test.predict.imagine import imagine, on_this_machine
 from memory_test.predict.replay import Peaks, Place, as_log, replay
 from memory_test.predict.roofline import Rates, operation_seconds, rule_seconds
 from memory_test.predict.settings import AllocatorSettings
+from memory_test.predict.steady import with_another_step
 from memory_test.predict.temporaries import CudaTemporaries
 from memory_test.predict.trace import Trace
 from memory_test.predict.tracer import Tracer
@@ -49,6 +49,18 @@ class Imagined:
         ends = [0.0, *accumulate(op.count * operation_seconds(op, rates) for op in self.trace.operations)]
         return [ends[count] for count in self.trace.event_operations]
 
+    def with_another_step(self) -> "Imagined | None":
+        """Return the run with its last step taken once more; `None` if that is not like the next."""
+        longer = with_another_step(self.trace, self.places, self.tags)
+        if longer is None:
+            return None
+        trace, places, tags = longer
+        trace.order_deaths(place.position for place in places)
+        start = next(place.position for place in self.places if place.step == self.places[-1].step)
+        span = self.places[-1].position - start
+        again = (replace(part, position=part.position + span) for part in self.parts if part.position >= start)
+        return replace(self, trace=trace, places=tuple(places), tags=tuple(tags), parts=(*self.parts, *again))
+
 
 class TraceMeter(TaggingMeter):
     """Marks phases in a trace."""
@@ -60,7 +72,8 @@ class TraceMeter(TaggingMeter):
         self.part_positions: list[int] = []
 
     def _note_position(self, index: int, step: int, phase: str) -> None:
-        self.places.append(Place(len(self._tracer.trace.events), step, phase))
+        trace = self._tracer.trace
+        self.places.append(Place(len(trace.events), step, phase, len(trace.operations)))
 
     def _note_part(self, index: int) -> None:
         self.part_positions.append(len(self._tracer.trace.events))
@@ -92,11 +105,22 @@ def imagined_run(
     Args:
         resolved: From `ExperimentConfig.resolve`, for ``cuda`` with a card, for ``cpu`` without.
         card: Which; `None`: this machine's CPU.
-        num_steps: Steps that are traced, at least 2.
+        num_steps: At least 2; those after the second are it again.
         whole: Whether the first step's look for examples that are not kept apart is traced; it takes a third of the
             time, and steady steps do not depend on it.
         rates: What methods that plan count time with; default: the card's ceilings.
     """
+    run = _run(resolved, card, min(num_steps, 2), whole, rates)
+    for _ in range(2, num_steps):
+        longer = run.with_another_step()
+        if longer is None:
+            return _run(resolved, card, num_steps, whole, rates)
+        run = longer
+    return run
+
+
+def _run(resolved: dict[str, Any], card: Card | None, num_steps: int, whole: bool, rates: Rates | None) -> Imagined:
+    """Trace every step."""
     if card is None:
         tracer = Tracer(stand_ins=STAND_INS, host_too=True)
         cost = on_this_machine(measured(torch.device("cpu"), torch.float32))
@@ -158,5 +182,5 @@ def predict_memory(
     repeat = summarise(reading, Times({}, {}, {}), range(0), None)
     if card is not None and repeat.peak_reserved_bytes is not None:
         use = card.context_bytes + repeat.peak_reserved_bytes
-        repeat = dataclasses.replace(repeat, process_bytes=use, device_used_bytes=use, context_bytes=card.context_bytes)
+        repeat = replace(repeat, process_bytes=use, device_used_bytes=use, context_bytes=card.context_bytes)
     return Measured(repeat, run.choices)

@@ -13,11 +13,12 @@ Peaks = dict[tuple[int, str], tuple[int, int]]
 
 @dataclass(frozen=True)
 class Place:
-    """The beginning of a phase, before the event at `position`."""
+    """The beginning of a phase, before the event at `position` and after so many operations."""
 
     position: int
     step: int
     phase: str
+    operations: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,21 @@ import contextlib
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memory_test.predict.asker import a_model_asks
 from memory_test.predict.flops import KERNELS, count_flops
+from memory_test.predict.known import Key, KnownResults, call_key
 from memory_test.predict.trace import Operation, Storage, Temporaries, Temporary, Trace
 
 
@@ -31,17 +33,15 @@ class _Stretch:
     Attributes:
         storages, operations: Born and run in it.
         events: Index into `storages` and the number of operations begun, by event.
-        result: Index into `storages` of the result's.
-        shape, stride, dtype: The result's.
+        result: Index into `storages` of the result's; `None`: there is no result.
+        like: Shape, stride and dtype of the result.
     """
 
     storages: list[Storage]
     operations: list[Operation]
     events: list[tuple[int, int]]
-    result: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+    result: int | None
+    like: tuple[Any, ...]
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[misc]
@@ -69,6 +69,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         self._weight = 1
         self._silent = False
         self._stretches: dict[Any, _Stretch] = {}
+        self._results = KnownResults()
+        self._operations: dict[Key | None, Operation] = {}
         self._sum: tuple[int | None, int | None] = (None, None)
 
     def __torch_dispatch__(
@@ -76,20 +78,31 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
     ) -> Any:
         if func is _DEVICE:  # asked more often than anything is computed
             return _CPU
+        with torch._C.DisableTorchFunction():  # what a device means by calls of torch, it said above
+            return self._log(func, types, args, kwargs or {})
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Have no compiler kept out at every call: there is none."""
+        return False
+
+    def _log(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation and log what it makes."""
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # a tensor around others, such as a rank's shard: what it does with them comes here
-        kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        out = self._run(func, name, args, kwargs)
+        tensors: list[Tensor] = []
+        key = call_key(func, args, kwargs, tensors)
+        out = self._run(func, name, args, kwargs, key, tensors)
         if self._silent or _is_view(func):
             return out
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not self._host_too and (self._on_host or not self._on_device(tensors)):
             return out
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and not leaf.is_meta]
+        leaves = [out] if isinstance(out, Tensor) else tree_leaves(out)
+        results = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not _is_meta(leaf)]
         results = results[: len(results) - ON_HOST.get(name, 0)]
         found = self._temporaries(name, args, _in_backward()) if self._temporaries else []
-        self._note_operation(func, name, args, kwargs, out, tensors, results)
+        self._note_operation(func, name, args, kwargs, out, tensors, results, key)
         taken = [self._take(each) for each in found if each.before]
         for tensor in results:
             self.see(tensor)
@@ -101,24 +114,37 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         self._release(taken, None)
         return out
 
-    def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    def _run(self, func: Any, name: str, args: Any, kwargs: Any, key: Key | None, tensors: list[Tensor]) -> Any:
         """Run the operation; where its result depends on data, return the stand-in's, but to a model's own code."""
         try:
-            return func(*args, **kwargs)
+            return self._results.run(func, args, kwargs, key, tensors)
         except Exception as error:
             if name in self._stand_ins and type(error).__name__ in _DATA_DEPENDENT and not a_model_asks():
                 return self._stand_ins[name](*args, **kwargs)
             raise
 
     def _note_operation(
-        self, func: Any, name: str, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], results: list[Tensor]
+        self,
+        func: Any,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        out: Any,
+        tensors: list[Tensor],
+        results: list[Tensor],
+        key: Key | None,
     ) -> None:
         if not (results or name in KERNELS):
             return
-        flops = count_flops(func, name, args, kwargs, out)
-        num_bytes = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*tensors, *results))
-        first = tensors if name in KERNELS else results  # the operands' products, whatever they are summed in
-        self.trace.operations.append(Operation(name, flops, num_bytes, first[0].dtype, self._weight))
+        operation = self._operations.get(key)
+        if operation is None:
+            flops = count_flops(func, name, args, kwargs, out)
+            sizes = (min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*tensors, *results))
+            first = tensors if name in KERNELS else results  # the operands' products, whatever they are summed in
+            operation = Operation(name, flops, sum(sizes), first[0].dtype)
+            if key is not None:
+                self._operations[key] = operation
+        self._repeat([operation])
 
     def _on_device(self, tensors: list[Tensor]) -> bool:
         """Return whether an operation on these runs on the device: one of them is there, or it makes the first."""
@@ -244,9 +270,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
 
     def apply(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Return what a function returns; for arguments of shapes that were seen, write its stretch again."""
-        key = (function, *(_shape(arg) if isinstance(arg, Tensor) else arg for arg in args))
+        key = (function.__code__, self._scope > 0, *map(_described, args))
         known = self._stretches.get(key)
-        if known is not None and not torch.is_grad_enabled():
+        if known is not None and (known.result is None or not torch.is_grad_enabled()):
             return self._write_again(known)
         begin = (len(self.trace.storages), len(self.trace.events), len(self.trace.operations))
         out = function(*args)
@@ -256,35 +282,45 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         return out
 
     def _cut(self, begin: tuple[int, int, int], out: Any) -> _Stretch | None:
-        """Return what was written since `begin`, if all that was born in it, but the result, died in it."""
+        """Return what was written since `begin`, if all that was born in it, but the result, died in it.
+
+        A library's workspace, which stays, is taken once and belongs to no stretch.
+        """
         storage, event, operation = begin
-        events = self.trace.events[event:]
         result = self.index(out) if isinstance(out, Tensor) else None
-        lasting = {index for index, count in Counter(events).items() if count == 1}
-        if result is None or lasting != {result} or min(events) < storage:
+        if (result is None) != (out is None):
             return None
-        begun = [count - operation for count in self.trace.event_operations[event:]]
+        stay = {i for i in range(storage, len(self.trace.storages)) if _stays(self.trace.storages[i])}
+        numbers = {i: n for n, i in enumerate(i for i in range(storage, len(self.trace.storages)) if i not in stay)}
+        events, begun = [], []
+        for index, count in zip(self.trace.events[event:], self.trace.event_operations[event:], strict=True):
+            if index not in stay:
+                events.append(index)
+                begun.append(count - operation)
+        lasting = {index for index, count in Counter(events).items() if count == 1}
+        if lasting != ({result} - {None}) or any(index not in numbers for index in events):
+            return None
         return _Stretch(
-            storages=self.trace.storages[storage:],
+            storages=[self.trace.storages[index] for index in numbers],
             operations=self.trace.operations[operation:],
-            events=[(index - storage, count) for index, count in zip(events, begun, strict=True)],
-            result=result - storage,
-            shape=tuple(out.shape),
-            stride=out.stride(),
-            dtype=out.dtype,
+            events=[(numbers[index], count) for index, count in zip(events, begun, strict=True)],
+            result=None if result is None else numbers[result],
+            like=() if out is None else _shape(out),
         )
 
-    def _write_again(self, stretch: _Stretch) -> Tensor:
+    def _write_again(self, stretch: _Stretch) -> Tensor | None:
         first, run = len(self.trace.storages), 0
-        scope = self._scope > 0
-        self.trace.storages += [s if s.scope == scope else replace(s, scope=scope) for s in stretch.storages]
+        self.trace.storages += stretch.storages
         for index, begun in stretch.events:
             self._repeat(stretch.operations[run:begun])
             run = begun
             self.trace.add(first + index)
         self._repeat(stretch.operations[run:])
+        if stretch.result is None:
+            return None
+        shape, stride, dtype = stretch.like
         with self.silence():
-            made = torch.empty_strided(stretch.shape, stretch.stride, dtype=stretch.dtype)
+            made = torch.empty_strided(shape, stride, dtype=dtype)
         self._follow(made.untyped_storage(), first + stretch.result)
         return made
 
@@ -303,8 +339,26 @@ def _is_view(func: Any) -> bool:
     return bool(func.is_view)
 
 
+def _stays(storage: Storage) -> bool:
+    return storage.temporary is not None and storage.temporary.stays
+
+
+def _described(value: Any) -> Any:
+    """Return an argument with shapes in the place of its tensors."""
+    if isinstance(value, Mapping):
+        return tuple((name, _described(each)) for name, each in value.items())
+    if isinstance(value, tuple):
+        return tuple(map(_described, value))
+    return _shape(value) if isinstance(value, Tensor) else value
+
+
 def _shape(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _is_meta(tensor: Tensor) -> bool:
+    """Return whether a tensor is on no device at all; to ask a fake one itself is an operation."""
+    return tensor.fake_device.type == "meta" if isinstance(tensor, FakeTensor) else tensor.is_meta
 
 
 def _in_backward() -> bool:
@@ -318,7 +372,7 @@ _DEVICE, _CPU = torch.ops.prim.device.default, torch.device("cpu")
 
 def _by_autograd() -> bool:
     """Return whether autograd's engine adds: no Python lies between it and the tracer, and no graph is made."""
-    frame = sys._getframe(2)
+    frame = sys._getframe(3)
     while frame.f_back is not None and frame.f_code.co_filename.endswith(_WRAPPERS):
         frame = frame.f_back
     return frame.f_code is _ENGINE and not frame.f_locals["args"][_CREATE_GRAPH]
