@@ -140,10 +140,15 @@ class Trainer:
             num_units=self.budget.num_units,
             unit=self.budget.unit,
             sampling=self.config.sampling,
-            noise_multiplier=self.budget.noise_multiplier,
+            noise_multiplier=self._accounted_noise,
             sample_rate=self.budget.sample_rate,
         )
         return Ledger.open(self.folder / "ledger.jsonl", facts)
+
+    @property
+    def _accounted_noise(self) -> float:
+        """Return the noise multiplier that is charged: none from a seed, which a run that goes on cannot mend."""
+        return 0.0 if self.config.insecure_seed is not None else self.budget.noise_multiplier
 
     def _noise_generator(self) -> torch.Generator | None:
         """Return a source of noise for tests; `None`: the engine's own."""
@@ -182,7 +187,7 @@ class Trainer:
         if self.ledger is not None:
             self.ledger.charge(
                 step=step,
-                noise_multiplier=budget.noise_multiplier,
+                noise_multiplier=self._accounted_noise,
                 sample_rate=budget.sample_rate,
                 expected_batch_size=budget.batch_size,
                 max_grad_norm=self.config.max_grad_norm,

@@ -1,6 +1,7 @@
 """A run: what it is asked for, what it does, what it writes; small enough for a second."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,13 @@ def test_a_run_does_not_go_on_under_other_conditions(tmp_path: Path, name: str) 
     with pytest.raises(UsageError, match=r"checkpoint|ledger"):
         run(tiny(tmp_path, resume="auto", steps=6, **{name: other[name]}))
     assert Ledger.read(only_run(tmp_path) / "ledger.jsonl").num_charges == 4
+
+
+def test_steps_from_a_seed_are_never_given_an_epsilon(tmp_path: Path) -> None:
+    run(tiny(tmp_path, insecure_seed=1))
+    assert Ledger.read(only_run(tmp_path) / "ledger.jsonl").spent(1e-5) == math.inf
+    with pytest.raises(UsageError, match=r"noise_multiplier was 0\.0, is 1\.0"):
+        run(tiny(tmp_path, resume="auto", steps=6))
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
