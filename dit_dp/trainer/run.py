@@ -121,7 +121,15 @@ class Run:
         data = open_data(config, self.spec, config.output_dir / "cache", world.device)
         if world.leads:
             world.wait()
+        self._require_same(data)
         return data, world.shared(plan_budget(config, self.spec, len(data.train)) if world.leads else None)
+
+    def _require_same(self, data: RunData) -> None:
+        """Refuse data that are not the same in every process: unit n would be another one on each, drawn twice."""
+        differs = self.world.shared(data.digest) != data.digest
+        if self.world.total(torch.tensor(float(differs), device=self.world.device)) > 0:
+            fix = "a unit under two numbers would be drawn twice"
+            raise UsageError.for_value("data", self.config.data, "the same images, in every process", fix)
 
     def _folder(self) -> tuple[Path, bool]:
         """Return the run's folder, and whether it is one to go on with."""

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dit_dp.errors import UsageError
 from dit_dp.trainer.budget import plan_budget
 from dit_dp.trainer.config import TrainConfig
 from dit_dp.trainer.data import open_data
+from dit_dp.trainer.run import Run
 from dit_dp.trainer.trainer import Trainer
 from dit_dp.trainer.world import World
 from dit_dp.workloads import build_model
@@ -80,3 +82,19 @@ def test_two_ranks_give_the_parameters_of_one(on_ranks: Pool, tmp_path: Path, ch
     for mine, other, wanted in zip(first, second, one, strict=True):
         assert mine[1:] == pytest.approx(other[1:], rel=1e-6)
         assert mine[1:] == pytest.approx(wanted[1:], rel=1e-4, abs=1e-5), mine[0]
+
+
+def refusal(folder: Path) -> str:
+    """Return what a run says whose second process has another data set."""
+    rank = dist.get_rank()
+    config = config_of(folder, data="synthetic", num_synthetic=20 + rank)
+    try:
+        Run(config, World(rank=rank, size=SIZE, device=torch.device("cpu"), group=dist.group.WORLD))
+    except UsageError as error:
+        return str(error)
+    return "no refusal"
+
+
+def test_ranks_with_other_data_are_refused(on_ranks: Pool, tmp_path: Path) -> None:
+    for said in on_ranks(refusal, tmp_path):
+        assert "the same images, in every process" in said
