@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None, prog: str = f"{NAME} train") -> int:
         from dit_dp.trainer.world import launch, started_by_torchrun
 
         if config.devices > 1 and not started_by_torchrun():
-            launch(config.devices, arguments)
+            return launch(config.devices, arguments)
         return run(config)
 
     return guarded(TrainConfig, arguments, prog, train, name=NAME, prepare=with_recipe, interrupted=INTERRUPTED)

@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,10 @@ class Run:
     def _open(self) -> tuple[RunData, Budget]:
         """Return the data and what the run will do; the first process makes what is made once."""
         config, world = self.config, self.world
-        if not world.leads:
-            world.wait()
-        data = open_data(config, self.spec, config.output_dir / "cache", world.device)
-        if world.leads:
-            world.wait()
+        make = partial(open_data, config, self.spec, config.output_dir / "cache", world.device)
+        data = world.first(make) or make()
         self._require_same(data)
-        return data, world.shared(plan_budget(config, self.spec, len(data.train)) if world.leads else None)
+        return data, world.shared(world.first(lambda: plan_budget(config, self.spec, len(data.train))))
 
     def _require_same(self, data: RunData) -> None:
         """Refuse data that are not the same in every process: unit n would be another one on each, drawn twice."""
@@ -139,12 +137,14 @@ class Run:
             if not folder.is_dir():
                 raise UsageError.for_value("resume", config.resume, "auto, or the folder of a run")
             return folder, True
-        label, found = run_label(config, self.spec), None
-        if self.world.leads:
-            before = newest_run(config.output_dir, label) if config.resume == "auto" else None
-            found = (before or new_run(config.output_dir, label), before is not None)
-        folder, going_on = self.world.shared(found)
+        folder, going_on = self.world.shared(self.world.first(self._own_folder))
         return folder, going_on
+
+    def _own_folder(self) -> tuple[Path, bool]:
+        """Return the newest run's folder, if it is to go on, or make one."""
+        config, label = self.config, run_label(self.config, self.spec)
+        before = newest_run(config.output_dir, label) if config.resume == "auto" else None
+        return before or new_run(config.output_dir, label), before is not None
 
     def _head(self, trainer: Trainer) -> None:
         """Say what this run is."""

@@ -133,7 +133,7 @@ class Trainer:
         )
 
     def _ledger(self) -> Ledger | None:
-        if not self.runner.engine.private or not self.world.leads:
+        if not self.runner.engine.private:
             return None
         facts = Facts(
             dataset=self.data.digest,
@@ -143,7 +143,7 @@ class Trainer:
             noise_multiplier=self._accounted_noise,
             sample_rate=self.budget.sample_rate,
         )
-        return Ledger.open(self.folder / "ledger.jsonl", facts)
+        return self.world.first(lambda: Ledger.open(self.folder / "ledger.jsonl", facts))
 
     @property
     def _accounted_noise(self) -> float:

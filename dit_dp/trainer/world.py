@@ -1,16 +1,19 @@
 """The processes that train together: this one, its device, and how the others are reached."""
 
+import logging
 import os
 import secrets
-import sys
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dit_dp.errors import UsageError
+
+T = TypeVar("T")
 
 WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 """What torchrun tells each process."""
@@ -57,10 +60,24 @@ class World:
             dist.all_reduce(values, group=self.group)
         return values
 
-    def wait(self) -> None:
-        """Wait until every process is here."""
-        if self.group is not None:
-            dist.barrier(group=self.group)
+    def first(self, make: Callable[[], T]) -> T | None:
+        """Have the first process make something; the others go on when it is made.
+
+        Returns:
+            In the first process what was made, in the others `None`.
+
+        Raises:
+            UsageError: It could not be made. The first process says so; the others end without a word.
+        """
+        made, failure = None, None
+        if self.leads:
+            try:
+                made = make()
+            except UsageError as error:
+                failure = error
+        if self.shared(failure is not None):
+            raise failure or SystemExit(2)
+        return made
 
 
 def join_world(device: str) -> World:
@@ -101,7 +118,27 @@ def started_by_torchrun() -> bool:
     return all(name in os.environ for name in WORLD_VARIABLES)
 
 
-def launch(devices: int, argv: Sequence[str]) -> None:
-    """Replace this process by torchrun, which starts one process a device with the same arguments."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"]
-    os.execv(sys.executable, [*command, "-m", "dit_dp.train", *argv])
+def launch(devices: int, argv: Sequence[str]) -> int:
+    """Have torchrun start one process a device with the same arguments.
+
+    Returns:
+        The exit code of the first process that failed, which has said why itself; 0: none did.
+
+    Raises:
+        KeyboardInterrupt: At Ctrl-C, once the processes have ended.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a traceback of its own for each failure
+    try:
+        main(["--standalone", f"--nproc_per_node={devices}", "-m", "dit_dp.train", *argv])
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code  # as a shell says it of a signal
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        return 128 + int(error.sigval)
+    return 0

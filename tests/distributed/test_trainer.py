@@ -84,17 +84,24 @@ def test_two_ranks_give_the_parameters_of_one(on_ranks: Pool, tmp_path: Path, ch
         assert mine[1:] == pytest.approx(wanted[1:], rel=1e-4, abs=1e-5), mine[0]
 
 
-def refusal(folder: Path) -> str:
-    """Return what a run says whose second process has another data set."""
+def refusal(folder: Path, changes: list[dict[str, Any]]) -> str:
+    """Return what a process says of a run that it refuses."""
     rank = dist.get_rank()
-    config = config_of(folder, data="synthetic", num_synthetic=20 + rank)
     try:
-        Run(config, World(rank=rank, size=SIZE, device=torch.device("cpu"), group=dist.group.WORLD))
-    except UsageError as error:
+        world = World(rank=rank, size=SIZE, device=torch.device("cpu"), group=dist.group.WORLD)
+        Run(config_of(folder, **changes[rank]), world)
+    except (UsageError, SystemExit) as error:
         return str(error)
     return "no refusal"
 
 
+def test_a_mistake_is_said_once(on_ranks: Pool, tmp_path: Path) -> None:
+    first, second = on_ranks(refusal, tmp_path, [{"batch_size": 9999}] * 2)
+    assert "batch_size: got 9999" in first
+    assert second == "2"  # the exit code, without a word
+
+
 def test_ranks_with_other_data_are_refused(on_ranks: Pool, tmp_path: Path) -> None:
-    for said in on_ranks(refusal, tmp_path):
+    other = [{"data": "synthetic", "num_synthetic": count} for count in (20, 21)]
+    for said in on_ranks(refusal, tmp_path, other):
         assert "the same images, in every process" in said
