@@ -11,6 +11,9 @@ from dit_dp.errors import UsageError
 
 NAME = "dit-dp"
 COMMANDS = {
+    "train": "train a workload under a privacy budget, resumable, on one device or many",
+    "sample": "draw samples from a run",
+    "evaluate": "compare samples with real images; accuracy of a classifier trained on them",
     "budget": "noise for an epsilon, epsilon for a noise, or the steps that a budget allows",
 }
 
@@ -24,10 +27,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         say(usage(NAME, "Training diffusion transformers with differential privacy.", COMMANDS))
         return 0
-    runners: dict[str, Runner] = {"budget": main_budget}
+    from dit_dp import train
+
+    runners: dict[str, Runner] = {
+        "train": train.main,
+        "sample": main_sample,
+        "evaluate": main_evaluate,
+        "budget": main_budget,
+    }
     if name not in runners:
         return complain(UsageError.for_value("command", name, COMMANDS), NAME)
     return runners[name](arguments[1:], f"{NAME} {name}")
+
+
+def main_sample(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Draw samples."""
+    from dit_dp.sample import SampleArgs, sample
+
+    return guarded(SampleArgs, argv, prog, sample, name=NAME)
+
+
+def main_evaluate(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Evaluate samples."""
+    from dit_dp.evaluate.args import EvaluateArgs
+
+    def evaluate(args: EvaluateArgs) -> int:
+        from dit_dp.evaluate.evaluate import evaluate as run_evaluate
+
+        return run_evaluate(args)
+
+    return guarded(EvaluateArgs, argv, prog, evaluate, name=NAME)
 
 
 def main_budget(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -22,6 +22,7 @@ def guarded(
     command: Callable[[T], int],
     *,
     name: str,
+    prepare: Callable[[Sequence[str]], Sequence[str]] | None = None,
     interrupted: str = "interrupted",
 ) -> int:
     """Parse, run and turn a user's mistake into one line and exit code 2.
@@ -32,6 +33,7 @@ def guarded(
         prog: What the help calls the command.
         command: Takes the arguments, returns the exit code.
         name: Of the program, before an error.
+        prepare: Changes the words before they are parsed, such as a recipe into its options.
         interrupted: What to say at Ctrl-C; the exit code is 130.
 
     Returns:
@@ -39,7 +41,8 @@ def guarded(
     """
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
-        return command(parse(kind, argv, prog))
+        words = sys.argv[1:] if argv is None else argv
+        return command(parse(kind, words if prepare is None else prepare(words), prog))
     except UsageError as error:
         return complain(error, name)
     except OSError as error:
@@ -74,7 +77,7 @@ def parse(kind: type[T], argv: Sequence[str] | None, prog: str | None = None) ->
 def _flatten(box: str) -> str:
     """Return the text of a tyro error box as one line: field, value, what is accepted."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = (re.sub(r"[╭╮╰╯│─]+|-{5,}", " ", line).strip() for line in text.splitlines())
+    lines = (re.sub(r"[╭╮╰╯│─]+|(?<!\S)(-{5,}|\|)(?!\S)", " ", line).strip() for line in text.splitlines())
     joined = re.sub(r"\s+", " ", " ".join(line for line in lines if line)).strip()
     joined = joined.split(" For full helptext")[0]
     joined = re.sub(r"^(Value error )?(Error parsing (config|[A-Z]\w+): )?", "", joined)

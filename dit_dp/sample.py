@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import tyro
 from dit_dp import validate
 from dit_dp.console import say
 from dit_dp.errors import UsageError
-from dit_dp.sampling.config import GUIDE_CHANNELS, SAMPLERS, SamplingConfig
+from dit_dp.sampling.config import GUIDE_CHANNELS, SAMPLERS, VARIANCES, SamplingConfig
 from dit_dp.workloads.config import WorkloadSpec
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class SampleArgs:
     """Folder of a training run, of which the newest checkpoint is taken, or of one checkpoint."""
     output: Path
     """Folder of what is written."""
+    weights: Path | None = None
+    """What the run started from, where its checkpoint keeps only what trained; default: what the run says."""
     num_samples: int = 16
     """How many, over all classes."""
     cfg_scale: float = 1.0
@@ -41,6 +44,8 @@ class SampleArgs:
     """Default: the workload's own."""
     steps: int | None = None
     """Model evaluations a sample; default: the workload's own."""
+    variance: Annotated[str | None, tyro.conf.arg(metavar="{learned,small,large}")] = None
+    """Of ancestral: learned, where the model predicts variances, small (the posterior's) or large (beta)."""
     eta: float | None = None
     """Of ddim: 0 draws no noise after the start, 1 as much as the posterior has."""
     clamp: bool | None = None
@@ -72,8 +77,12 @@ class SampleArgs:
             validate.integer(name, getattr(self, name))
         validate.integer("seed", self.seed, minimum=0)
         validate.one_of("guide_channels", self.guide_channels, GUIDE_CHANNELS)
-        if self.sampler is not None:
-            validate.one_of("sampler", self.sampler, SAMPLERS)
+        for name, value, accepted in (
+            ("sampler", self.sampler, SAMPLERS),
+            ("variance", self.variance, VARIANCES),
+        ):
+            if value is not None:
+                validate.one_of(name, value, accepted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,19 +100,21 @@ class Trained:
     averages: "Mapping[str, Tensor]"
 
 
-def load_for_sampling(path: Path) -> Trained:
+def load_for_sampling(path: Path, weights: Path | None = None) -> Trained:
     """Return what a run left in a folder.
 
     Args:
         path: Of one checkpoint, ``step-00001234``; or of a run, or of its checkpoints, of which the newest is taken.
+        weights: That the run started from, if they are no longer where it found them.
 
     Raises:
-        UsageError: No checkpoint there, a damaged one, or one of another version.
+        UsageError: No checkpoint there, a damaged one, one of another version, or other base weights than the run's.
     """
+    from dit_dp.trainer.saving import base_model
     from dit_dp.training.checkpoint import latest, load, load_trained
     from dit_dp.training.checkpoint_state import STATE
     from dit_dp.training.groups import add_lora
-    from dit_dp.workloads import build_model, stored_spec
+    from dit_dp.workloads import stored_spec
 
     folders = [folder for folder in (path, path / "checkpoints") if folder.is_dir()]
     found = path if (path / STATE).exists() else next((new for f in folders if (new := latest(f))), None)
@@ -111,19 +122,19 @@ def load_for_sampling(path: Path) -> Trained:
         raise UsageError.for_value("checkpoint", str(path), "a folder that is, or has, a whole checkpoint")
     checkpoint = load(found)
     spec = stored_spec(checkpoint.state.spec)
-    model = build_model(spec)
+    model = base_model(spec, found, weights)
     if spec.schedule.lora_rank is not None:
         add_lora(model, spec.schedule.lora_rank)
     load_trained(model, checkpoint, averaged=False)
     return Trained(spec=spec, model=model, averages=checkpoint.averages or {})
 
 
-def run_sample(args: SampleArgs, load: "Callable[[Path], Trained]" = load_for_sampling) -> list[Path]:
+def run_sample(args: SampleArgs, load: "Callable[[Path], Trained] | None" = None) -> list[Path]:
     """Draw samples and write them.
 
     Args:
         args: What the user asked for.
-        load: Reads a checkpoint.
+        load: Reads a checkpoint; default: `load_for_sampling`.
 
     Returns:
         The files: ``grid.png``, ``samples.npz``, and the folder ``images``.
@@ -139,7 +150,7 @@ def run_sample(args: SampleArgs, load: "Callable[[Path], Trained]" = load_for_sa
 
     device = _device(args.device)
     _check_writable(args.output)
-    trained = load(args.checkpoint)
+    trained = (load or partial(load_for_sampling, weights=args.weights))(args.checkpoint)
     spec = trained.spec
     config = _config(args, spec)
     labels, context = _labels(args, spec), _context(args, spec)
@@ -192,6 +203,7 @@ def _config(args: SampleArgs, spec: WorkloadSpec) -> SamplingConfig:
         spec,
         sampler=args.sampler,
         num_steps=args.steps,
+        variance=args.variance,
         eta=args.eta,
         clamp=args.clamp,
         cfg_scale=args.cfg_scale,

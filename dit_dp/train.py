@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Sequence
 
-from dit_dp.console import complain, guarded
-from dit_dp.errors import UsageError
+from dit_dp.console import guarded
 from dit_dp.trainer.config import TrainConfig
 from dit_dp.trainer.recipes import with_recipe
 
 NAME = "dit-dp"
+INTERRUPTED = "interrupted; go on with --resume auto: the steps that were charged stay charged"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = f"{NAME} train") -> int:
@@ -18,10 +18,6 @@ def main(argv: Sequence[str] | None = None, prog: str = f"{NAME} train") -> int:
         0 done, 2 the user's mistake, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        words = with_recipe(arguments)
-    except UsageError as error:
-        return complain(error, NAME)
 
     def train(config: TrainConfig) -> int:
         from dit_dp.trainer.run import run
@@ -31,8 +27,7 @@ def main(argv: Sequence[str] | None = None, prog: str = f"{NAME} train") -> int:
             launch(config.devices, arguments)
         return run(config)
 
-    interrupted = "interrupted; go on with --resume auto, the steps that were charged stay charged"
-    return guarded(TrainConfig, words, prog, train, name=NAME, interrupted=interrupted)
+    return guarded(TrainConfig, arguments, prog, train, name=NAME, prepare=with_recipe, interrupted=INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -169,13 +169,14 @@ def main_predict(argv: Sequence[str] | None = None, prog: str | None = None) -> 
 def main_plan(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Plan method and batch for a card."""
     from memory_test.plan.args import PlanArgs
+    from memory_test.plan.recipe import with_recipe
 
     def plan(args: PlanArgs) -> int:
         from memory_test.plan.command import run_plan
 
         return run_plan(args)
 
-    return _guarded(PlanArgs, argv, prog, plan)
+    return _guarded(PlanArgs, argv, prog, plan, with_recipe)
 
 
 def main_calibrate(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -253,9 +254,16 @@ def _write_report(folder: Path, output_dir: Path, only: Sequence[Path] | None = 
 # --- what commands share ------------------------------------------------------------------------------------------
 
 
-def _guarded(kind: type[T], argv: Sequence[str] | None, prog: str | None, command: Callable[[T], int]) -> int:
+def _guarded(
+    kind: type[T],
+    argv: Sequence[str] | None,
+    prog: str | None,
+    command: Callable[[T], int],
+    prepare: Callable[[Sequence[str]], Sequence[str]] | None = None,
+) -> int:
     """Parse, run and turn a user's mistake into one line and exit code 2."""
-    return guarded(kind, argv, prog, command, name=NAME, interrupted="interrupted; finished cells are kept")
+    interrupted = "interrupted; finished cells are kept"
+    return guarded(kind, argv, prog, command, name=NAME, prepare=prepare, interrupted=interrupted)
 
 
 def _default_output(config: ExperimentConfig) -> Path:

@@ -20,8 +20,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,10 +85,10 @@ class CachedLatents(Images):
         for number in sorted(set((rows // per_shard).tolist())):
             places = (rows // per_shard == number).nonzero()[:, 0].tolist()
             try:
-                with safe_open(self.shards[number], framework="pt") as shard:
-                    stored = shard.get_slice("latents")
-                    for place in places:
-                        latents[place] = stored[int(rows[place]) % per_shard]
+                state = self.shards[number].stat()
+                stored = _mapped(self.shards[number], (state.st_ino, state.st_mtime_ns, state.st_size))
+                for place in places:
+                    latents[place] = stored[int(rows[place]) % per_shard]
             except (OSError, SafetensorError) as error:
                 cause = " ".join(str(error).split())
                 raise UsageError(f"latent_cache: cannot read {self.shards[number]}: {cause}") from error
@@ -233,12 +234,13 @@ def _there(folder: Path, wanted: Manifest) -> Manifest | None:
 def _begin(folder: Path, wanted: Manifest, rows: dict[str, Tensor]) -> Manifest:
     """Return a folder's manifest, which is written if it is new; remove what a killed process left half written."""
     there = _there(folder, wanted)
+    for name in ("shard-*", _ROWS_FILE, MANIFEST_FILE):
+        for left in folder.glob(f".{name}.*.tmp"):
+            left.unlink()
     if there is None:
         write_whole(folder / _ROWS_FILE, save(rows))
         save_manifest(wanted, folder)
         return wanted
-    for left in folder.glob(".shard-*.tmp"):
-        left.unlink()
     return there
 
 
@@ -292,7 +294,7 @@ def _verified(folder: Path, manifest: Manifest, known: dict[int, Path] | None = 
 
 def _hash_of(manifest: Manifest, number: int, chunks: Iterable[bytes]) -> str:
     """Return the SHA-256 of a shard's place, which is of one cache and one number in it, and of its content."""
-    total = hashlib.sha256(f"{manifest.key} {number}\n".encode())
+    total = hashlib.sha256(f"{manifest.key} {manifest.rows_per_shard} {number}\n".encode())
     for chunk in chunks:
         total.update(chunk)
     return total.hexdigest()
@@ -306,6 +308,13 @@ def _chunks(path: Path) -> Iterator[bytes]:
                 yield chunk
     except OSError as error:
         raise UsageError(f"latent_cache: cannot read {path}: {error.strerror or error}") from error
+
+
+@lru_cache(maxsize=128)
+def _mapped(shard: Path, state: tuple[int, int, int]) -> Any:
+    """Return a shard's latents, of which what is asked for is read; kept open while the file's state stays."""
+    opened: Any = safe_open(shard, framework="pt")
+    return opened.get_slice("latents")
 
 
 def _open(folder: Path, manifest: Manifest, shards: dict[int, Path]) -> CachedLatents:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dit_dp import validate
 from dit_dp.errors import UsageError
+from dit_dp.privacy import Mechanism
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,10 @@ class Frontend(ABC):
     or average of weights ever sees them. The network is in evaluation mode and float32, its parameters take no
     gradient, and nothing that is computed here is recorded for a backward pass.
 
+    **Guarantees**: a latent depends on its image and on the weights alone, so that whoever trains on latents has the
+    units of whoever trains on images. The weights have to be public: what a front-end learned from private data, or
+    was normalised by (`spent`), is no part of what a training's own accounting covers.
+
     Args:
         module: The network, with its weights, float32.
 
@@ -35,11 +40,13 @@ class Frontend(ABC):
         name: As in `FRONTENDS`.
         image_channels: Of the images.
         latent_channels: C.
+        spent: What its statistics cost in privacy, to be composed with what the training does; `None`: nothing.
     """
 
     name: ClassVar[str]
     image_channels: int
     latent_channels: int
+    spent: Mechanism | None = None
 
     def __init__(self, module: nn.Module) -> None:
         self._module: Any = module.eval().requires_grad_(False)

@@ -46,6 +46,9 @@ class RAEFrontend(Frontend):
         statistics: A safetensors file with `mean` and `var`, each (C,), (C, 1, 1) or (C, h, w), of public data or
             charged for by `fit_statistics`; ``none``: do not normalise; `None`: the checkpoint's.
 
+    Attributes:
+        statistics: How they are called in `settings`: ``checkpoint``, ``none``, or a file's hash.
+
     Raises:
         UsageError: What cannot be loaded completely, transformers missing, an encoder that is no DINOv2, statistics
             missing or of another shape.
@@ -60,7 +63,7 @@ class RAEFrontend(Frontend):
         module, config = load_autoencoder("AutoencoderRAE", source, subfolder, _RENAMES)
         super().__init__(module)
         if config["encoder_type"] != "dinov2" or not config["reshape_to_2d"]:
-            fix = "of this one other kinds are untested"
+            fix = "other encoders are untested here"
             raise UsageError.for_value("encoder_type", config["encoder_type"], "dinov2, with latents in a grid", fix)
         self.image_channels: int = config["num_channels"]
         self.latent_channels: int = config["encoder_hidden_size"]
@@ -105,6 +108,7 @@ class RAEFrontend(Frontend):
             mean, std = torch.zeros(1), torch.ones(1)
         else:
             found = load_statistics(statistics).fitting(self.latent_channels, self._side)
+            self.spent = found.mechanism
             mean, std = found.mean, (found.var + VARIANCE_EPS).sqrt()
         module._latents_mean, module._latents_std = mean, std - _DIFFUSERS_EPS
         if str(statistics) == "none":

@@ -18,8 +18,8 @@ class VAEFrontend(Frontend):
     """`AutoencoderKL` with the scale of its checkpoint: z = (posterior - shift_factor) scaling_factor.
 
     `encode` takes the posterior's mean unless it is given a generator to draw from the posterior with. The mean is
-    deterministic, so it is what a cache holds; a cached draw would be one draw for ever. The posteriors of published
-    VAEs are narrow: DiT's training draws, and little depends on it.
+    deterministic, so it is what a cache holds: a cached draw would be one draw for ever. The reference DiT's training
+    draws anew whenever it sees an image, which a cache cannot.
 
     Args:
         source: A folder with ``config.json`` or ``vae/config.json``, or a hub name.

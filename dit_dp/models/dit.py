@@ -30,6 +30,9 @@ from dit_dp.models.embedders import (
 )
 from dit_dp.models.registry import MODELS, parse_model_name
 
+CONDITION_INITS = ("reference", "unit")
+"""How the label table and the time's MLP start."""
+
 
 def randomize_zero_init_(
     model: nn.Module, generator: torch.Generator | None = None, std: float = INIT_STD
@@ -150,6 +153,9 @@ class DiT(nn.Module):
         num_classes: K, without the null label, which is label K; `None`: the model takes no labels.
         learn_sigma: Predict variances too: O = 2C.
         activation_checkpointing: Recompute each block in the backward pass instead of storing it.
+        condition_init: ``reference``: label table and time MLP start near zero, N(0, 0.02); ``unit``: the table is
+            N(0, 1) and the MLP Xavier-uniform, so that labels and times are told apart from the first step. Few
+            noisy steps, as under a privacy budget, do not suffice to grow them from near zero.
 
     Raises:
         UsageError: A size that is no positive integer or does not divide; names the argument and the fix.
@@ -168,8 +174,10 @@ class DiT(nn.Module):
         num_classes: int | None = 1000,
         learn_sigma: bool = True,
         activation_checkpointing: bool = False,
+        condition_init: str = "reference",
     ) -> None:
         super().__init__()
+        validate.one_of("condition_init", condition_init, CONDITION_INITS)
         _check_sizes(
             input_size=input_size,
             patch_size=patch_size,
@@ -185,7 +193,7 @@ class DiT(nn.Module):
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.hidden_size, self.num_classes, self.learn_sigma = hidden_size, num_classes, learn_sigma
         self.num_tokens = self.grid_size**2
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.condition_init = activation_checkpointing, condition_init
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -226,13 +234,16 @@ class DiT(nn.Module):
         """Initialise as the reference does: the model starts as the zero function of its input.
 
         Xavier-uniform linears (the patch projection counts as one), zero biases, N(0, 0.02) for the time MLP
-        and the label table, zeros for every modulation and for the final linear; fixed positions.
+        and the label table unless `condition_init` says otherwise, zeros for every modulation and for the final
+        linear; fixed positions.
         """
         init_linears_(self)
         init_as_linear_(self.x_embedder.proj)
-        embedders = ["t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight", "y_embedder.embedding_table.weight"]
-        for name in embedders if self.num_classes is not None else embedders[:2]:
+        unit = self.condition_init == "unit"
+        for name in ("t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight") if not unit else ():
             nn.init.normal_(self.get_parameter(name), std=INIT_STD)
+        if self.num_classes is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=1.0 if unit else INIT_STD)
         for name, parameter in self.named_parameters():
             if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)

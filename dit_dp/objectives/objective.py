@@ -77,9 +77,9 @@ class Objective:
             batch[ROW_TO_UNIT] = self._per_row(torch.arange(units, device=device))
         return batch
 
-    def row_to_unit(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+    def row_to_unit(self, batch: Batch) -> Tensor | None:
         """Return the unit of each row of a batch, (R,), for `Engine.accumulate`; `None` where every row is one."""
-        return batch.get(ROW_TO_UNIT)
+        return batch.get(ROW_TO_UNIT) if isinstance(batch, Mapping) else None
 
     def diffuse(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t, (R, C, H, W): the path at times t, (R,)."""

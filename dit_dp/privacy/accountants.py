@@ -3,7 +3,8 @@
 The cost of a privacy loss distribution is the number of points of its grid: the span of the losses of all steps
 together over the grid's step. dp-accounting's step of 1e-4 makes that billions where noise is small or steps are many;
 here the step grows with the span, so that there are about `MOST_POINTS`. Rounding is upwards at any step, so the result
-stays a bound, and where Renyi accounting gives a smaller one, that is taken.
+stays a bound, and where Renyi accounting gives a smaller one, that is taken. Where epsilon is in the thousands, Renyi
+accounting is asked alone.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ from dit_dp.errors import UsageError
 from dit_dp.privacy.accounting import Accountant, Mechanism
 
 MOST_POINTS = 1 << 21
+"""Of the composed distribution; that of one step, whose points dp-accounting computes one by one, has a quarter."""
+
 INTERVAL = 1e-4
 """Grid step of privacy losses, unless there is a reason for another."""
 
@@ -45,9 +48,13 @@ def loss_distribution(mechanisms: Sequence[Mechanism], delta: float) -> float:
     if steps * 2**-53 > delta / 10:  # T-fold composition raises a transform to the T: that much of rounding error
         return renyi(mechanisms, delta)
     interval, coarse = _interval(mechanisms)
+    if interval > 100 * INTERVAL:
+        return renyi(mechanisms, delta)
     composed = None
     for mechanism in mechanisms:
         part = _composed(mechanism, interval)
+        if part is None:
+            return renyi(mechanisms, delta)
         composed = part if composed is None else composed.compose(part)
     assert composed is not None
     found = max(0.0, float(composed.get_epsilon_for_delta(delta)))
@@ -55,22 +62,33 @@ def loss_distribution(mechanisms: Sequence[Mechanism], delta: float) -> float:
 
 
 def _composed(mechanism: Mechanism, interval: float) -> Any:
-    """Return the distribution of one mechanism's steps."""
+    """Return the distribution of one mechanism's steps, or `None` where dp-accounting would make it too large."""
+    from dp_accounting.pld.common import compute_self_convolve_bounds
+
     sigma, rate, steps = mechanism.noise_multiplier, mechanism.sample_rate, mechanism.num_steps
     if rate == 1:  # the sum of Gaussian mechanisms is one
         return _single(sigma / math.sqrt(steps), 1.0, interval)
     single = _single(sigma, rate, interval)
+    for pmf in (single._pmf_remove, single._pmf_add):
+        low, high = compute_self_convolve_bounds(pmf._probs, steps, _TAIL)
+        if high - low > 4 * MOST_POINTS:  # so many steps on so few points that its bound on the tails is far off
+            return None
     return single.self_compose(steps) if steps > 1 else single
 
 
 @functools.lru_cache(maxsize=2)
 def _single(sigma: float, rate: float, interval: float) -> Any:
-    """Return the distribution of one step, in both directions."""
+    """Return the distribution of one step, in both directions.
+
+    Dense, since dp-accounting raises the size of a sparse one to the number of steps, as an integer of all its digits.
+    """
     from dp_accounting.pld import privacy_loss_distribution
 
-    return privacy_loss_distribution.from_gaussian_mechanism(
+    made = privacy_loss_distribution.from_gaussian_mechanism(
         standard_deviation=sigma, sampling_prob=rate, value_discretization_interval=interval
     )
+    remove, add = made._pmf_remove.to_dense_pmf(), made._pmf_add.to_dense_pmf()
+    return privacy_loss_distribution.PrivacyLossDistribution(remove, None if made._symmetric else add)
 
 
 def _interval(mechanisms: Sequence[Mechanism]) -> tuple[float, bool]:
@@ -83,7 +101,8 @@ def _interval(mechanisms: Sequence[Mechanism]) -> tuple[float, bool]:
     for mechanism in mechanisms:
         sigma, steps, rate = mechanism.noise_multiplier, mechanism.num_steps, mechanism.sample_rate
         effective = sigma / math.sqrt(steps) if rate == 1 else sigma
-        spans.append(effective**-2 + 20 / effective)  # of one step, 10 standard deviations of the noise to either side
+        below = 10 / effective if rate == 1 else min(10 / effective, -math.log1p(-rate))
+        spans.append(4 * (effective**-2 / 2 + 10 / effective + below))  # of one step, 10 deviations of the noise off
         spreads.append(rate * math.sqrt(math.expm1(min(effective**-2, 100))))
     fine = min(INTERVAL, min(spreads) / 4)
     needed = max(spans) / MOST_POINTS

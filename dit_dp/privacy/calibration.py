@@ -153,7 +153,10 @@ def _most_steps(cost: Callable[..., float], target: float, most: int) -> int:
 
 def _meeting(target: float, low: int, known: float, high: int, above: float) -> int:
     """Return where a power of the steps that costs `known` at `low` and `above` at `high` costs the target."""
+    if above == math.inf:
+        guess = 4 * max(low, 0.25) if known == 0 else low * (target / known) ** (1 / 0.6)
+        return math.ceil(min(guess, 4 * max(low, 1)))
     if low == 0 or known == 0:
-        return 2 * low + 1 if above == math.inf else (low + high) // 2
-    power = 0.6 if above == math.inf else max(math.log(above / known) / math.log(high / low), 0.05)
+        return math.isqrt(max(low, 1) * high)
+    power = max(math.log(above / known) / math.log(high / low), 0.05)
     return int(min(low * (target / known) ** (1 / power), high))

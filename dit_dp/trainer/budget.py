@@ -9,6 +9,7 @@ from dit_dp.errors import UsageError
 from dit_dp.privacy import Mechanism, PrivacyStatement, noise_multiplier, steps_within
 from dit_dp.trainer.config import TrainConfig
 from dit_dp.workloads import WorkloadSpec
+from dit_dp.workloads.registry import Unit
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class Budget:
         claim: What may be said of the whole run, in a line.
     """
 
-    unit: str
+    unit: Unit
     num_units: int
     batch_size: int
     sample_rate: float
@@ -60,7 +61,11 @@ def plan_budget(config: TrainConfig, spec: WorkloadSpec, num_units: int) -> Budg
             sigma = noise_multiplier(
                 target_epsilon=config.epsilon, delta=config.delta, sample_rate=rate, num_steps=steps
             )
-        most = steps_within(target_epsilon=config.epsilon, delta=config.delta, sample_rate=rate, noise_multiplier=sigma)
+            most = steps  # the noise is for as many; steps that are lost and taken again are none more
+        else:
+            most = steps_within(
+                target_epsilon=config.epsilon, delta=config.delta, sample_rate=rate, noise_multiplier=sigma
+            )
         if most == 0:
             fix = f"one step with noise multiplier {sigma:g} at rate {rate:.4g} costs more"
             raise UsageError.for_value("epsilon", config.epsilon, "a larger budget, or more noise", fix)

@@ -20,7 +20,11 @@ BUNDLED = ("digits", "mnist", "synthetic")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(WorkloadConfig):
-    """Train a workload under a privacy budget; `None` is the workload's own value, or what follows from the rest."""
+    """Train a workload under a privacy budget.
+
+    --recipe NAME|FILE takes the values of a recipe; options after it win. None is the workload's own value, or what
+    follows from the rest.
+    """
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012
 
@@ -37,6 +41,8 @@ class TrainConfig(WorkloadConfig):
     """Examples of synthetic data."""
     frontend: str | None = None
     """Frozen encoder from pixels to latents, a local folder or a hub name: a VAE, or a RAE for ddt."""
+    frontend_statistics: str | None = None
+    """Of a RAE's latents: a safetensors file of public data, none, or what the front-end comes with."""
     latent_cache: Path | None = None
     """Folder of encoded data; default: next to the run's."""
     weights: Path | None = None
@@ -198,6 +204,8 @@ class TrainConfig(WorkloadConfig):
         if self.sharding == "fsdp2" and not METHODS[self.method].sharded:
             names = [name for name, method in METHODS.items() if method.sharded]
             raise UsageError.for_value("sharding", self.sharding, "ddp", f"or a method that runs on shards: {names}")
+        if self.frontend is None and self.frontend_statistics is not None:
+            raise UsageError.for_value("frontend_statistics", self.frontend_statistics, "None", "there is no frontend")
         if self.frontend is not None and self.spec.workload.frontend is None:
             raise UsageError.for_value("frontend", self.frontend, "no value", f"{self.workload} takes pixels")
 

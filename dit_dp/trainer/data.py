@@ -85,7 +85,10 @@ def _images(
         raise UsageError.for_value("frontend", None, f"a local folder or hub name of a {name}", fix)
     from dit_dp.frontends import encode_data, make_frontend
 
-    frontend = make_frontend(name, config.frontend, device=str(device))
+    frontend = make_frontend(name, config.frontend, statistics=config.frontend_statistics, device=str(device))
+    if frontend.spent:
+        fix = "a run's ledger charges steps alone; take statistics of public data"
+        raise UsageError.for_value("frontend_statistics", config.frontend_statistics, "public statistics", fix)
     if (frontend.latent_channels, frontend.latent_size(spec.image_size)) != (channels, side):
         got = f"{frontend.latent_channels} x {frontend.latent_size(spec.image_size)} positions"
         accepted = f"latents of {channels} x {side}, which the model takes"

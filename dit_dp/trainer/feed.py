@@ -65,7 +65,7 @@ class Feed:
         self.num_drawn = len(units)
         world = self._world
         own = torch.arange(world.rank, len(units), world.size)
-        parts = list(own.split(self._physical or max(1, len(own))))
+        parts = list(torch.split(own, self._physical or max(1, len(own))))
         if self._in_step:
             largest = -(-len(units) // world.size)
             wanted = max(1, -(-largest // (self._physical or max(1, largest))))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,12 @@ def with_recipe(argv: Sequence[str]) -> list[str]:
         UsageError: There is no such recipe.
     """
     rest = list(argv)
-    name = _take_option(rest, "--recipe")
+    name = take_option(rest, "--recipe")
     return [*([] if name is None else _as_words(read_recipe(name))), *rest]
+
+
+_SWITCHES = {field.name for field in fields(TrainConfig) if isinstance(field.default, bool)}
+"""Options without a value; those that may also be `None` take one."""
 
 
 def _as_words(content: Mapping[str, Any]) -> list[str]:
@@ -85,7 +90,7 @@ def _as_words(content: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     for key, value in content.items():
         option = key.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and key in _SWITCHES:
             words.append(f"--{option}" if value else f"--no-{option}")
         elif isinstance(value, list):
             words += [f"--{option}", *map(str, value)]
@@ -94,7 +99,7 @@ def _as_words(content: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _take_option(argv: list[str], option: str) -> str | None:
+def take_option(argv: list[str], option: str) -> str | None:
     """Take an option and its value out of a command line."""
     for place, word in enumerate(argv):
         if word == option:

@@ -2,21 +2,19 @@
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dit_dp.errors import UsageError
 from dit_dp.models.files import load_into, load_weights
 from dit_dp.models.weights import diffusers_to_reference
 from dit_dp.privacy import Position
 from dit_dp.trainer.config import TrainConfig
 from dit_dp.training import checkpoint as checkpoints
-from dit_dp.training.groups import add_lora, members
-from dit_dp.workloads import WorkloadSpec, build_model, stored_spec
+from dit_dp.training.groups import members
+from dit_dp.workloads import WorkloadSpec, build_model
 
 if TYPE_CHECKING:
     from dit_dp.trainer.trainer import Trainer
@@ -126,49 +124,23 @@ def describe(trainer: "Trainer") -> checkpoints.CheckpointState:
     )
 
 
-def trained_model(path: Path, weights: Path | None = None) -> tuple[WorkloadSpec, nn.Module, dict[str, Tensor]]:
-    """Return what a checkpoint holds, for those who sample from it.
+def base_model(spec: WorkloadSpec, checkpoint: Path, weights: Path | None) -> nn.Module:
+    """Return the model that the run of a checkpoint started from, for a checkpoint that keeps only what trained.
 
     Args:
-        path: A checkpoint, or the folder of a run, whose newest one is meant.
-        weights: What the run started from, where the checkpoint keeps only what trained; default: what the run's
-            configuration says.
-
-    Returns:
-        The workload, the model on the CPU with the last step's weights, and the averages by name, if there are any.
+        spec: The checkpoint's.
+        checkpoint: Its folder; the run's ``config.json`` above it says seed and weights.
+        weights: In place of those that the run's configuration says.
 
     Raises:
-        UsageError: It cannot be read, or the base weights are others.
+        UsageError: Weights that cannot be read or do not fit.
     """
-    found = checkpoints.latest(path / FOLDER) if (path / FOLDER).is_dir() else path
-    if found is None:
-        raise UsageError.for_value("checkpoint", str(path), "a run with a whole checkpoint")
-    checkpoint = checkpoints.load(found)
-    spec = stored_spec(checkpoint.state.spec)
-    start = _start_of(found, spec, weights)
-    torch.manual_seed(start.init_seed)
-    model = _with_weights(spec, start.weights)
-    if spec.schedule.lora_rank is not None:
-        add_lora(model, spec.schedule.lora_rank)
-    checkpoints.load_trained(model, checkpoint, averaged=False)
-    return spec, model, dict(checkpoint.averages or {})
-
-
-@dataclass(frozen=True)
-class _Start:
-    """What a run's model was before its first step."""
-
-    init_seed: int
-    weights: Path | None
-
-
-def _start_of(checkpoint: Path, spec: WorkloadSpec, weights: Path | None) -> _Start:
-    """Return what the run's configuration says, where it is."""
-    file = checkpoint.parent.parent / "config.json"
+    file, seed = checkpoint.parent.parent / "config.json", 0
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        seed, said = int(config["init_seed"]), config["weights"]
+        said = json.loads(file.read_text(encoding="utf-8"))
+        seed = int(said["init_seed"])
+        weights = weights or (said["weights"] and Path(said["weights"]))
     except (OSError, ValueError, KeyError, TypeError):
-        log.info("checkpoint: %s says nothing of the weights that the run started from", file)
-        return _Start(0, weights)
-    return _Start(seed, weights if weights is not None or said is None else Path(said))
+        log.info("checkpoint: no configuration of a run at %s; the model starts from seed 0", file)
+    torch.manual_seed(seed)
+    return _with_weights(spec, weights)

@@ -22,7 +22,7 @@ def validation_loss(trainer: Trainer) -> float:
     total, count = 0.0, min(EXAMPLES, len(data))
     size = min(count, trainer.config.physical_batch_size or 64)
     try:
-        for part in torch.arange(count).split(size):
+        for part in torch.split(torch.arange(count), size):
             x, labels = data.take(part)
             labels = None if labels is None else labels.to(device)
             batch = trainer.objective.draw(x.to(device), labels, generator)

@@ -1,6 +1,7 @@
 """One training step, the same for every method: the only training loop body of the project."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,9 @@ def make_optimizer(
         raise UsageError.for_value("optimizer", name, OPTIMIZERS)
     if implementation not in IMPLEMENTATIONS:
         raise UsageError.for_value("optimizer_impl", implementation, IMPLEMENTATIONS)
-    arguments = {"lr": learning_rate, "weight_decay": weight_decay, **IMPLEMENTATIONS[implementation]}
+    arguments: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, **IMPLEMENTATIONS[implementation]}
     arguments |= {"momentum": momentum} if name == "sgd" else {"betas": betas}
-    optimizer: torch.optim.Optimizer = OPTIMIZERS[name](parameters, **arguments)  # type: ignore[arg-type]
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[name](parameters, **arguments)
     return optimizer
 
 

@@ -39,7 +39,7 @@ class WorkloadConfig:
     patch_size: int | None = None
     """Side of a patch."""
     in_channels: int | None = None
-    """Channels of the model's input: 3 for pixels, 4 for VAE latents, 768 for RAE latents."""
+    """Channels of the model's input: 1 or 3 for pixels, 4 for VAE latents, 768 for RAE latents."""
     latent_downsample: int | None = None
     """Pixels per input position."""
     hidden_size: int | None = None
@@ -221,7 +221,7 @@ class _Resolver:
     def _check_channels(self, channels: int) -> None:
         """Refuse latents where pixels are expected, and channels that no input has."""
         own = self.workload
-        accepted = sorted({*own.downsample, own.in_channels, 3} if own.frontend else {1, 3})
+        accepted = sorted({*own.downsample, own.in_channels, 1, 3} if own.frontend else {1, 3})
         if own.family == "diffusers":
             accepted = [4]
         if own.family != "ddt" and channels not in accepted:

@@ -12,6 +12,7 @@ from dit_dp.objectives.config import ObjectiveConfig
 
 Sampler = Literal["ancestral", "ddim", "euler"]
 Frontend = Literal["vae", "rae"]
+Unit = Literal["image", "set"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Workload:
     ema_decay: float = 0.9999
 
     @property
-    def unit(self) -> str:
+    def unit(self) -> Unit:
         """What one privacy unit is: ``image`` or ``set``."""
         return "image" if self.objective.set_size is None else "set"
 
@@ -81,7 +82,7 @@ WORKLOADS: dict[str, Workload] = {
         sizes=DIT_SIZES,
         model="DiT-XL/2",
         downsample=_VAE,
-        options={"mlp_ratio": 4.0},
+        options={"mlp_ratio": 4.0, "condition_init": "reference"},
         objective=ObjectiveConfig(learn_sigma=True),
         frontend="vae",
     ),

@@ -29,10 +29,22 @@ BATCH = 8
 
 def config(folder: Path) -> TrainConfig:
     """Return what is trained: fixed batches, so that both contenders see as many examples in every step."""
-    sizes = {"model": "DiT-S/2", "depth": 6, "image_size": 32, "in_channels": 3, "num_classes": 10}
-    run = {"batch_size": BATCH, "steps": 10 * ROUNDS, "noise_multiplier": 1.0, "sampling": "shuffled", "log_every": 10}
     return TrainConfig(
-        data="digits", method="bookkeeping", output_dir=folder, device="cpu", num_samples=0, **sizes, **run
+        model="DiT-S/2",
+        depth=6,
+        image_size=32,
+        in_channels=3,
+        num_classes=10,
+        data="digits",
+        method="bookkeeping",
+        batch_size=BATCH,
+        steps=10 * ROUNDS,
+        noise_multiplier=1.0,
+        sampling="shuffled",
+        log_every=10,
+        num_samples=0,
+        device="cpu",
+        output_dir=folder,
     )
 
 

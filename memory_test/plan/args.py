@@ -31,6 +31,8 @@ DEFAULT_METHODS = (
 class PlanArgs(ModelArgs):
     """Say per method how large a physical batch fits a card, how many make the logical one, and which to take.
 
+    --recipe NAME|FILE takes model, batch, optimizer and budget from a recipe of dit-dp train; options after it win.
+
     Exit code 0: there is a recommendation; 1: no private method fits; 2: a mistake in the call.
     """
 

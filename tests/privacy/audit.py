@@ -58,7 +58,7 @@ class Run:
     sample_rate: float
     num_steps: int
     num_canaries: int = 600
-    gradient_norm: float = 100.0
+    gradient_norm: float = 500.0
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -72,6 +72,7 @@ def test_the_authority_is_below_renyi_and_monotone(point: tuple[float, float, in
 
 
 @pytest.mark.full
+@pytest.mark.timeout(2 * 3600)
 def test_the_authority_is_below_renyi_and_monotone_on_the_whole_grid() -> None:
     for point in points(FULL_POINTS, seed=1):
         check_point(*point)
@@ -119,9 +120,7 @@ def test_gaussian_mechanisms_on_everybody_are_one() -> None:
     assert gaussian_delta(sigma, found - 2e-3) > 1e-6
 
 
-@pytest.mark.parametrize(
-    "mechanisms", [[run(1.0, 0.01, 1000)], [run(0.7, 0.003, 2000)], [run(2.0, 0.1, 100), run(1.5, 0.05, 30)]], ids=str
-)
+@pytest.mark.parametrize("mechanisms", [[run(2.0, 0.1, 100), run(1.5, 0.05, 30)]], ids=str)
 def test_opacus_finds_the_same(mechanisms: list[Mechanism]) -> None:
     """Its bound is what it finds plus its error, 0.01, and half a thousandth of delta."""
     pld, prv = epsilon_of(mechanisms, 1e-5), epsilon_of(mechanisms, 1e-5, "prv")
@@ -142,7 +141,7 @@ def test_noise_of_zero_is_no_privacy() -> None:
         (1.0, 0.01, 10**9),
         (1e4, 0.5, 10**9),
         (1e4, 0.5, 10**5),
-        (0.3, 1e-9, 10**6),
+        pytest.param(0.3, 1e-9, 10**6, marks=pytest.mark.full),
         (1e6, 1.0, 10**9),
     ],
 )
@@ -166,10 +165,9 @@ def test_little_sampling_with_much_noise_is_accounted_for_finely() -> None:
     ("target", "sigma", "rate", "spent"),
     [
         (2.0, 1.1, 0.02, []),
-        (8.0, 0.8, 0.003, []),
-        (1.0, 2.0, 1.0, []),
-        (2.0, 1.1, 0.02, [run(1.1, 0.02, 100)]),
-        (3.0, 1.5, 0.05, [run(1.0, 0.01, 100)]),
+        (5.0, 2.0, 1.0, []),
+        pytest.param(3.0, 1.5, 0.05, [run(1.0, 0.01, 100)], marks=pytest.mark.full),
+        pytest.param(8.0, 0.8, 0.003, [], marks=pytest.mark.full),
     ],
     ids=str,
 )

@@ -25,11 +25,11 @@ def budget(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[float, 
 
 
 def test_the_third_is_found_from_any_two(capsys: pytest.CaptureFixture[str]) -> None:
-    sigma, steps, epsilon = budget(capsys, *DATA, "--epsilon", "10", "--steps", "1000")
-    assert steps == 1000
-    assert 9.9 < epsilon <= 10
-    assert budget(capsys, *DATA, "--noise-multiplier", str(sigma), "--steps", "1000")[2] == pytest.approx(epsilon, 1e-3)
-    assert 1000 <= budget(capsys, *DATA, "--epsilon", "10", "--noise-multiplier", str(sigma))[1] < 1010
+    sigma, steps, epsilon = budget(capsys, *DATA, "--epsilon", "1", "--steps", "100")
+    assert steps == 100
+    assert 0.99 < epsilon <= 1
+    assert budget(capsys, *DATA, "--noise-multiplier", str(sigma), "--steps", "100")[2] == pytest.approx(epsilon, 1e-3)
+    assert 100 <= budget(capsys, *DATA, "--epsilon", "1", "--noise-multiplier", str(sigma + 1e-5))[1] < 102
 
 
 def test_epochs_and_a_sample_rate_are_other_words_for_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,7 +66,7 @@ def test_a_delta_of_one_over_n_is_warned_of(
         ((*DATA, "--epsilon", "nan", "--steps", "10"), "epsilon: got nan"),
         ((*DATA, "--epsilon", "1", "--epochs", "nan"), "epochs: got nan"),
         ((*DATA, "--epsilon", "1", "--noise-multiplier", "0.001"), "noise_multiplier: got 0.001"),
-        ((*DATA, "--epsilon", "0.001", "--noise-multiplier", "0.5"), "a budget for at least one step"),
+        ((*DATA, "--epsilon", "0.001", "--noise-multiplier", "1.5"), "a budget for at least one step"),
         (("--delta", "2", *DATA[2:], "--epsilon", "1", "--steps", "10"), "delta: got 2.0"),
         ((*DATA, "--epsilonn", "1"), "epsilonn"),
     ],

@@ -90,7 +90,7 @@ def test_what_a_users_model_decides_is_refused(name: str, value: object) -> None
         ({"model": "DiT-M/2"}, ["model", "'DiT-M/2'", "DiT-XL/2"]),
         ({"memory_budget_gib": 0.0}, ["memory_budget_gib", "0.0", "> 0"]),
         ({"memory_budget_gib": 1.0}, ["memory_budget_gib", "1.0", "ghost takes no memory budget"]),
-        ({"in_channels": 1}, ["in_channels", "3 (RGB pixels), 4 (VAE latents)"]),
+        ({"in_channels": 2}, ["in_channels", "3 (RGB pixels), 4 (VAE latents)"]),
         ({"image_size": 250}, ["image_size", "250", "multiple of 8"]),
         ({"image_size": 264, "patch_size": 2}, ["image_size", "multiple of 16"]),
         ({"batch_size": 0}, ["batch_size", "0", ">= 1"]),

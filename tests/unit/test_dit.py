@@ -78,6 +78,19 @@ def test_initialisation_is_the_references() -> None:
             assert 0.9 * bound < value.abs().max().item() <= bound, name
 
 
+def test_conditions_may_start_apart_and_the_rest_as_ever() -> None:
+    torch.manual_seed(0)
+    model = DiT(**{**TINY, "hidden_size": 64, "num_classes": 30, "condition_init": "unit"})
+    assert model.y_embedder.embedding_table.weight.std().item() == pytest.approx(1, rel=0.1)
+    for place in (0, 2):
+        weight = model.get_parameter(f"t_embedder.mlp.{place}.weight")
+        bound = math.sqrt(6 / sum(weight.shape))
+        assert 0.9 * bound < weight.abs().max().item() <= bound
+    assert not model.final_layer.linear.weight.any()
+    with pytest.raises(UsageError, match="condition_init: got 'zero'; accepted: reference, unit"):
+        DiT(**{**TINY, "condition_init": "zero"})
+
+
 def test_randomizing_depends_on_the_generator_alone_and_not_on_dtype() -> None:
     single, double = DiT(**TINY), DiT(**TINY).double()
     for model in (single, double):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dit_dp.errors import UsageError
 from dit_dp.frontends import FRONTENDS, Frontend, LatentStatistics, VAEFrontend, make_frontend, save_statistics
+from dit_dp.privacy import Mechanism
 from tests.latents import RAE_CONFIG, Halving, first_token, pixels, save_rae, save_vae
 
 diffusers = pytest.importorskip("diffusers")
@@ -175,6 +176,10 @@ def test_a_rae_normalises_by_the_statistics_of_a_file(rae_folder: Path, tmp_path
         assert torch.allclose(frontend.decode(frontend.encode(x)), back, rtol=1e-4, atol=1e-4)
         assert frontend.settings()["statistics"] not in ("none", "checkpoint")
         assert frontend.weights != none.weights
+        assert frontend.spent is None
+    save_statistics(LatentStatistics(mean=mean, var=var, noise_multiplier=3.0), tmp_path / "statistics.safetensors")
+    charged = make_frontend("rae", rae_folder, statistics=tmp_path / "statistics.safetensors")
+    assert charged.spent == Mechanism(noise_multiplier=3.0, sample_rate=1.0, num_steps=1)
 
 
 def test_statistics_have_to_be_there_and_to_fit(rae_folder: Path, vae_folder: Path, tmp_path: Path) -> None:

@@ -127,7 +127,8 @@ def test_a_killed_process_is_gone_on_from(tmp_path: Path, left: int, caplog: pyt
     with pytest.raises(KeyboardInterrupt):
         cached(broken, Dying())
     assert len(list(broken.glob("shard-*"))) == left
-    (broken / ".shard-00001-0.safetensors.1.tmp").write_bytes(b"half a shard")
+    for name in (".shard-00001-0.safetensors.1.tmp", ".rows.safetensors.2.tmp", ".manifest.json.3.tmp"):
+        (broken / name).write_bytes(b"half a file")
     refused(lambda: open_cache(broken), rf"^latent_cache: .*broken has no shard {left} of 4; encode_data makes")
     caplog.set_level(logging.INFO)
     kept = {name: (broken / name).stat().st_mtime_ns for name in contents(broken) if name.startswith("shard")}
@@ -260,6 +261,8 @@ def test_altered_labels_or_an_altered_manifest_are_noticed(tmp_path: Path, halvi
     stored = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**stored, "weights": Halving(seed=1).weights}))
     refused(lambda: cached(tmp_path, Halving(seed=1)), r"shard-00000-.* is of another cache")
+    (tmp_path / "manifest.json").write_text(json.dumps({**stored, "rows_per_shard": 2}))
+    refused(lambda: open_cache(tmp_path), r"shard-00000-.* is of another cache")
     (tmp_path / "manifest.json").write_text(json.dumps({**stored, "rows_per_shard": 0}))
     refused(lambda: open_cache(tmp_path), r"a count in it is below 1")
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from dit_dp.console import parse
 from dit_dp.errors import UsageError
 from memory_test.core.units import MIB
 from memory_test.plan.args import PlanArgs
 from memory_test.plan.command import command, recommend
 from memory_test.plan.facts import Budget, MethodPlan
+from memory_test.plan.recipe import with_recipe
 from memory_test.plan.search import plan_method
 from memory_test.predict.allocator import OutOfMemoryError
 from memory_test.predict.cards import find_card
@@ -168,3 +170,16 @@ def test_mistakes_are_refused_in_one_line(changes: dict[str, Any], start: str) -
 
 def test_a_size_is_a_card() -> None:
     assert find_card("24GB").name == "24GB (as A10G-24GB)"
+
+
+def test_a_recipe_becomes_a_plans_options() -> None:
+    args = parse(PlanArgs, with_recipe(["--recipe", "ddt_dummy", "--gpu", "24GB", "--batch-size", "4"]))
+    assert (args.workload, args.model, args.batch_size, args.ema) == ("ddt", "DDT-S", 4, True)
+    assert (args.epsilon, args.delta, args.dataset_size, args.steps) == (8.0, 1e-5, 64, 4)
+
+
+def test_a_recipe_on_a_folder_needs_the_size_of_its_data() -> None:
+    with pytest.raises(UsageError, match="dataset_size: got None"):
+        with_recipe(["--recipe", "x2_finetune"])
+    args = parse(PlanArgs, with_recipe(["--recipe", "x2_finetune", "--dataset-size", "1000"]))
+    assert (args.workload, args.steps) == ("x2", 391)

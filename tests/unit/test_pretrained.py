@@ -15,6 +15,9 @@ from dit_dp.errors import UsageError
 from dit_dp.models.dit import DiT, randomize_zero_init_
 from dit_dp.models.pretrained import DiTHuggingFaceWrapper
 from dit_dp.models.weights import reference_to_diffusers
+from dit_dp.objectives import Objective
+from dit_dp.sampling import SamplingConfig, evaluating, sample_from
+from dit_dp.workloads import WorkloadConfig
 from tests.models import DIFFUSERS
 
 diffusers = pytest.importorskip("diffusers")
@@ -188,6 +191,25 @@ def test_wrong_shapes_are_named(model: DiTHuggingFaceWrapper) -> None:
     x, t, y, _, _ = make_batch()
     with pytest.raises(UsageError, match=r"x: got \(3, 4, 4, 8\)"):
         model(x[:, :, :4], t, y)
+
+
+def test_it_is_sampled_from_as_other_models(model: DiTHuggingFaceWrapper) -> None:
+    spec = WorkloadConfig(workload="dit", in_channels=4, learn_sigma=model.learn_sigma).spec
+    labels = torch.arange(3)
+    with evaluating(model):
+        found = [
+            sample_from(
+                model,
+                Objective(spec.objective),
+                shape=(4, model.latent_size, model.latent_size),
+                labels=labels,
+                config=SamplingConfig(num_steps=2, cfg_scale=scale),
+            )
+            for scale in (1.0, 3.0)
+        ]
+    assert found[0].isfinite().all()
+    assert found[0].shape == (3, 4, model.latent_size, model.latent_size)
+    assert not torch.allclose(found[0], found[1])
 
 
 def test_opacus_validator_accepts(model: DiTHuggingFaceWrapper) -> None:

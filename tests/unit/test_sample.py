@@ -198,7 +198,7 @@ def test_a_checkpoint_is_sampled_from_as_the_model_that_wrote_it(config: Workloa
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpointed(tmp_path / "run", PIXELS)
+    checkpointed(tmp_path / "run" / "checkpoints", PIXELS)
     line = [
         "--checkpoint",
         str(tmp_path / "run"),
@@ -220,10 +220,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_checkpoints_that_are_none_are_refused(tmp_path: Path) -> None:
-    checkpointed(tmp_path / "run", PIXELS)
-    file = tmp_path / "run" / "step-00000003" / "ema.safetensors"
+    checkpointed(tmp_path / "run" / "checkpoints", PIXELS)
+    file = tmp_path / "run" / "checkpoints" / "step-00000003" / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     for name, words in [("absent", "a whole checkpoint"), ("empty", "a whole checkpoint"), ("run", "changed after")]:
         with pytest.raises(UsageError, match=words) as caught:
             run_sample(SampleArgs(checkpoint=tmp_path / name, output=tmp_path / "out"))
@@ -271,7 +271,8 @@ def test_flags_in_both_spellings(dash: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_samples": 0}, {"batch_size": 0}, {"seed": -1}, {"guide_channels": "4"}, {"sampler": "x"}]
+    "options",
+    [{"num_samples": 0}, {"batch_size": 0}, {"seed": -1}, {"guide_channels": "4"}, {"sampler": "x"}, {"variance": "x"}],
 )
 def test_values_that_are_not_accepted(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -61,6 +61,12 @@ def test_defaults_are_the_authors() -> None:
     assert specs["set"].objective.rows_per_unit == 6
 
 
+def test_pixels_are_grey_or_coloured() -> None:
+    for channels in (1, 3):
+        spec = WorkloadConfig(workload="dit", in_channels=channels, image_size=28, patch_size=7).spec
+        assert (input_shape(spec), spec.num_tokens, spec.in_latents) == ((channels, 28, 28), 16, False)
+
+
 def test_a_variational_set_model_is_given_its_context_noise() -> None:
     options = (*SMALL["set"]["model_options"], "variational=true", "conditioning=lag")
     spec = WorkloadConfig(workload="set", **SMALL["set"] | {"model_options": options}).spec
