@@ -74,7 +74,7 @@ mnist: $(VENV)/.installed
 	$(BIN)/dit-dp train --recipe mnist_eps10 --epsilon None --noise-multiplier 0 --output-dir $(MNIST_RUNS)/inf
 	for run in eps10 inf; do \
 	  $(BIN)/dit-dp sample --checkpoint $(MNIST_RUNS)/$$run/000-* --output $(MNIST_RUNS)/$$run/samples \
-	    --num-samples 5000 --cfg-scale 2.0 --batch-size 250 --npz && \
+	    --num-samples 5000 --sampler ddim --steps 16 --batch-size 500 --npz && \
 	  $(BIN)/dit-dp evaluate $(MNIST_RUNS)/$$run/samples/samples.npz --test mnist:test \
 	    --output $(MNIST_RUNS)/$$run/accuracy.json || exit 1; \
 	done

@@ -118,7 +118,7 @@ class TrainConfig(WorkloadConfig):
     log_every: int = 100
     """Steps between lines of the log."""
     validate_every: int | None = None
-    """Steps between validation losses on what was held out; default: log_every."""
+    """Steps between validation losses on what was held out; default: log_every; 0: never."""
     sample_every: int | None = None
     """Steps between sample grids; default: at the last step."""
     num_samples: int = 16
@@ -135,9 +135,10 @@ class TrainConfig(WorkloadConfig):
         super().__post_init__()
         for name in ("batch_size", "devices", "checkpoint_every", "keep_checkpoints", "log_every", "num_synthetic"):
             validate.integer(name, getattr(self, name))
-        for name in ("warmup_steps", "init_seed", "num_samples"):
-            validate.integer(name, getattr(self, name), minimum=0)
-        for name in ("physical_batch_size", "steps", "validate_every", "sample_every"):
+        for name in ("warmup_steps", "init_seed", "num_samples", "validate_every"):
+            if getattr(self, name) is not None:
+                validate.integer(name, getattr(self, name), minimum=0)
+        for name in ("physical_batch_size", "steps", "sample_every"):
             if getattr(self, name) is not None:
                 validate.integer(name, getattr(self, name))
         if self.insecure_seed is not None:

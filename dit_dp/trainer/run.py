@@ -180,8 +180,8 @@ class Run:
         spent = trainer.spent()
         if spent is not None:
             values["epsilon"] = spent
-        every = config.validate_every or config.log_every
-        if trainer.data.held_out is not None and (step % every == 0 or step == trainer.budget.num_steps):
+        every = config.log_every if config.validate_every is None else config.validate_every
+        if trainer.data.held_out is not None and every and (step % every == 0 or step == trainer.budget.num_steps):
             values["validation_loss"] = validation_loss(trainer)
         values |= trainer.runner.log_values()
         self._log.line(step, values)

@@ -16,7 +16,8 @@ from memory_test.report.tables import escape, markdown_table
 
 COSTS_READING = (
     "Methods: peak memory over ordinary training's and, after the slash, time. Trains: what does, and how many of the "
-    "parameters. Saved activations: of ordinary training at its peak, by the part of the model that they were born in."
+    "parameters. Saved activations: of ordinary training at its peak, by the part of the model that they were born in; "
+    "none where the peak is in the optimizer's step."
 )
 SAVED = ("saved_activations",)
 _ORDER = ("dit", "x2", "set", "ddt", "panda")
