@@ -20,6 +20,7 @@ from dit_dp.trainer.config import TrainConfig
 from dit_dp.trainer.data import RunData, open_data
 from dit_dp.trainer.folder import NOT_PRIVATE, RunLog, new_run, newest_run, run_label, write_json
 from dit_dp.trainer.grids import draw_grid
+from dit_dp.trainer.interrupts import waiting
 from dit_dp.trainer.meter import StepClock, peak_memory_bytes
 from dit_dp.trainer.progress import Progress
 from dit_dp.trainer.saving import newest, save, starting_model
@@ -87,12 +88,18 @@ class Run:
             kind = config.tracker if self.world.leads else "none"
             self._tracker: Tracker = make_tracker(kind, self.folder, self.folder.name, config.as_json())
             self._head(trainer)
-            with Progress(trainer.budget.num_steps, trainer.step, shown=self.world.leads) as progress:
+            with (
+                Progress(trainer.budget.num_steps, trainer.step, shown=self.world.leads) as progress,
+                waiting(waits=self.world.group is None) as interrupted,
+            ):
                 last = time.perf_counter()
                 for step in trainer.steps():
                     times.append(time.perf_counter() - last)
                     progress.advance(step, self._after(trainer, step))
                     yield step
+                    if interrupted():
+                        save(trainer)
+                        raise KeyboardInterrupt
                     last = time.perf_counter()
             if trainer.step:
                 save(trainer)

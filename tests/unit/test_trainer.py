@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from dit_dp.trainer.budget import plan_budget
 from dit_dp.trainer.config import TrainConfig
 from dit_dp.trainer.rates import learning_rate_at
 from dit_dp.trainer.recipes import load_recipe, recipe_names, with_recipe
-from dit_dp.trainer.run import run
+from dit_dp.trainer.run import Run, run
+from dit_dp.trainer.world import join_world
 
 TINY: dict[str, Any] = {
     "data": "digits",
@@ -162,6 +164,18 @@ def test_a_run_does_not_go_on_under_other_conditions(tmp_path: Path, name: str) 
     with pytest.raises(UsageError, match=r"checkpoint|ledger"):
         run(tiny(tmp_path, resume="auto", steps=6, **{name: other[name]}))
     assert Ledger.read(only_run(tmp_path) / "ledger.jsonl").num_charges == 4
+
+
+def test_ctrl_c_keeps_the_steps_that_were_paid_for(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    steps = Run(config, join_world("cpu")).steps()
+    next(steps)
+    next(steps)
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    run(replace(config, resume="auto"))
+    assert Ledger.read(only_run(tmp_path) / "ledger.jsonl").num_charges == 4  # none twice
 
 
 def test_steps_from_a_seed_are_never_given_an_epsilon(tmp_path: Path) -> None:
