@@ -23,7 +23,7 @@ from dit_dp.trainer.grids import draw_grid
 from dit_dp.trainer.interrupts import waiting
 from dit_dp.trainer.meter import StepClock, peak_memory_bytes
 from dit_dp.trainer.progress import Progress
-from dit_dp.trainer.saving import newest, save, starting_model
+from dit_dp.trainer.saving import newest, refuse_spent, save, starting_model
 from dit_dp.trainer.tracker import Tracker, make_tracker
 from dit_dp.trainer.trainer import GIB, Trainer
 from dit_dp.trainer.validation import validation_loss
@@ -111,6 +111,7 @@ class Run:
 
     def start(self) -> Trainer:
         """Return the trainer, at its first step or at that of the checkpoint it goes on from; makes the folder."""
+        refuse_spent(self.config, self._data.digest)
         model = starting_model(self.config, self.spec)
         self.folder, going_on = self._folder()
         try:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from dit_dp.errors import UsageError
 from dit_dp.models.files import load_into, load_weights
 from dit_dp.models.weights import diffusers_to_reference
 from dit_dp.privacy import Position
 from dit_dp.trainer.config import TrainConfig
 from dit_dp.training import checkpoint as checkpoints
+from dit_dp.training.checkpoint_files import inspect
 from dit_dp.training.groups import members
 from dit_dp.workloads import WorkloadSpec, build_model
 
@@ -54,6 +56,19 @@ def _with_weights(spec: WorkloadSpec, weights: Path | None) -> nn.Module:
     if missing:
         log.info("weights: %d tensors of the model are new, all of them train", len(missing))
     return model
+
+
+def refuse_spent(config: TrainConfig, data_sha256: str) -> None:
+    """Refuse a claim on weights of another run that was trained on the same data: its epsilon would be left out.
+
+    Raises:
+        UsageError: They are such.
+    """
+    if not config.private or config.weights is None or not config.weights.is_dir():
+        return
+    if inspect(config.weights).state.data_sha256 == data_sha256:
+        fix = "these were trained on the same data, and a run's ledger charges its own steps alone; resume that run"
+        raise UsageError.for_value("weights", str(config.weights), "weights of other, public data", fix)
 
 
 def newest(folder: Path) -> checkpoints.Checkpoint | None:

@@ -178,6 +178,14 @@ def test_ctrl_c_keeps_the_steps_that_were_paid_for(tmp_path: Path) -> None:
     assert Ledger.read(only_run(tmp_path) / "ledger.jsonl").num_charges == 4  # none twice
 
 
+def test_weights_that_the_same_data_trained_are_not_claimed_anew(tmp_path: Path) -> None:
+    run(tiny(tmp_path, steps=1))
+    (before,) = (only_run(tmp_path) / "checkpoints").iterdir()
+    with pytest.raises(UsageError, match="its own steps alone"):
+        run(tiny(tmp_path / "again", weights=before))
+    run(tiny(tmp_path / "other", weights=before, steps=1, held_out=0.5))  # other data
+
+
 def test_steps_from_a_seed_are_never_given_an_epsilon(tmp_path: Path) -> None:
     run(tiny(tmp_path, insecure_seed=1))
     assert Ledger.read(only_run(tmp_path) / "ledger.jsonl").spent(1e-5) == math.inf
