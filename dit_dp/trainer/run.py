@@ -101,7 +101,7 @@ class Run:
                         save(trainer)
                         raise KeyboardInterrupt
                     last = time.perf_counter()
-            if trainer.step:
+            if times:  # none: the budget was spent on steps that were lost, and the checkpoint is as it was
                 save(trainer)
             self._summary(trainer, times[COMPARED:], time.perf_counter() - began)
             self._tracker.close()

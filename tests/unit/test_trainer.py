@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,16 @@ def test_a_run_does_not_go_on_under_other_conditions(tmp_path: Path, name: str) 
     with pytest.raises(UsageError, match=r"checkpoint|ledger"):
         run(tiny(tmp_path, resume="auto", steps=6, **{name: other[name]}))
     assert Ledger.read(only_run(tmp_path) / "ledger.jsonl").num_charges == 4
+
+
+def test_a_budget_that_lost_steps_used_up_ends_the_run(tmp_path: Path) -> None:
+    config = tiny(tmp_path, epsilon=3.0, noise_multiplier=None, steps=2, checkpoint_every=1)
+    run(config)
+    folder = only_run(tmp_path)
+    shutil.rmtree(folder / "checkpoints" / "step-00000002")
+    run(replace(config, resume="auto"))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["steps"], summary["num_charges"]) == (1, 2)
 
 
 def test_ctrl_c_keeps_the_steps_that_were_paid_for(tmp_path: Path) -> None:
