@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_dp.errors import UsageError
@@ -101,10 +101,11 @@ def _small(path: Path, device: str | torch.device) -> Extractor:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         if metadata.get("kind") != _KIND:
             raise UsageError.for_value("features", str(path), "safetensors written by save_features")
         model = SmallClassifier(**json.loads(metadata["sizes"]))
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, UsageError):
             raise

@@ -102,7 +102,7 @@ def test_interrupted_sweep_keeps_finished_cells(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     )
-    for _ in range(1200):
+    for _ in range(2400):
         if list((tmp_path / "d").glob("*.json")):
             break
         time.sleep(0.05)
@@ -196,7 +196,10 @@ def test_help_needs_no_torch(arguments: tuple[str, ...]) -> None:
     [
         (("rnu",), "run, sweep, compare, report, inspect, predict, plan, calibrate, cards, doctor"),
         (("run", "--experiment", "vanila"), "experiment: got 'vanila'; accepted: vanilla, "),
-        (("run", "--experiment", "ghost", "--in-channels", "5"), "in_channels: got 5; accepted: 3 (RGB pixels), 4"),
+        (
+            ("run", "--experiment", "ghost", "--in-channels", "5"),
+            "in_channels: got 5; accepted: 1 (grey pixels), 3 (RGB",
+        ),
         (("run", "--experiment", "ghost", "--batch-size", "0"), "batch_size: got 0; accepted: an integer >= 1"),
         (("run", "--experiment", "ghost", "--batch-size", "two"), "--batch-size"),
         (("run", "--experiment", "ghost", "--image-sze", "5"), "--image-size"),

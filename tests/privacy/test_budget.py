@@ -82,7 +82,7 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: tu
 
 def test_an_unknown_command_names_the_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bugdet"]) == 2
-    assert "accepted: budget" in capsys.readouterr().err
+    assert "accepted: train, sample, evaluate, budget" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [(), ("budget",)])

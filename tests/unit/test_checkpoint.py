@@ -463,12 +463,15 @@ def test_the_library_reads_and_writes_nothing_that_could_run() -> None:
     loads = 0
     for path in (ROOT / "dit_dp").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        for word in ("pickle", "dill", "joblib", "shelve", "marshal", "torch.save", "allow_pickle"):
+        for word in ("pickle", "dill", "joblib", "shelve", "marshal", "torch.save", "allow_pickle=True"):
             assert not re.search(rf"\b{word}\b", text), f"{path} says {word}"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "load_file", "np.load"):
-                loads += 1
                 options = {keyword.arg: keyword.value for keyword in node.keywords}
+                if ast.unparse(node.func) == "np.load":
+                    assert ast.unparse(options["allow_pickle"]) == "False", f"{path} line {node.lineno}"
+                    continue
+                loads += 1
                 assert ast.unparse(node.func) == "torch.load", f"{path} line {node.lineno}"
                 assert ast.unparse(options["weights_only"]) == "True", f"{path} line {node.lineno}"
     assert loads == 1
