@@ -109,8 +109,8 @@ class TrainConfig(WorkloadConfig):
     """Folder of the runs."""
     resume: str | None = None
     """auto: go on with the newest run of this model, if there is one; or the folder of a run."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints; the last step is always one."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints, of which the last is always one; default: a tenth of all steps, 10 to 1000."""
     keep_checkpoints: int = 2
     """How many are kept."""
     full_checkpoints: bool = False
@@ -133,12 +133,12 @@ class TrainConfig(WorkloadConfig):
     def __post_init__(self) -> None:
         """Check every field, alone and together."""
         super().__post_init__()
-        for name in ("batch_size", "devices", "checkpoint_every", "keep_checkpoints", "log_every", "num_synthetic"):
+        for name in ("batch_size", "devices", "keep_checkpoints", "log_every", "num_synthetic"):
             validate.integer(name, getattr(self, name))
         for name in ("warmup_steps", "init_seed", "num_samples", "validate_every"):
             if getattr(self, name) is not None:
                 validate.integer(name, getattr(self, name), minimum=0)
-        for name in ("physical_batch_size", "steps", "sample_every"):
+        for name in ("physical_batch_size", "steps", "checkpoint_every", "sample_every"):
             if getattr(self, name) is not None:
                 validate.integer(name, getattr(self, name))
         if self.insecure_seed is not None:

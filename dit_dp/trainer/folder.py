@@ -99,8 +99,11 @@ class RunLog:
         mode = values.get("training_mode")
         log.info("(step=%07d) %s%s", step, text, f", {mode}" if mode not in (None, "FULL") else "")
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self._metrics.write(json.dumps({"step": step, "time": now, **values}) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps({"step": step, "time": now, **values}) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise UsageError(f"output_dir: cannot write {self._metrics.name}: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Close both files."""

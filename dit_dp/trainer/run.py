@@ -24,9 +24,9 @@ from dit_dp.trainer.interrupts import waiting
 from dit_dp.trainer.meter import StepClock, peak_memory_bytes
 from dit_dp.trainer.progress import Progress
 from dit_dp.trainer.saving import newest, refuse_spent, save, starting_model
-from dit_dp.trainer.tracker import Tracker, make_tracker
+from dit_dp.trainer.tracker import Tracker, check_tracker, make_tracker
 from dit_dp.trainer.trainer import GIB, Trainer
-from dit_dp.trainer.validation import validation_loss
+from dit_dp.trainer.validation import example_inputs, held_out_contexts, validation_loss
 from dit_dp.trainer.world import World, join_world, leave_world
 from dit_dp.workloads import WorkloadSpec
 
@@ -88,6 +88,8 @@ class Run:
             kind = config.tracker if self.world.leads else "none"
             self._tracker: Tracker = make_tracker(kind, self.folder, self.folder.name, config.as_json())
             self._head(trainer)
+            if config.tracker != "none" and self.world.group is None:
+                self._tracker.graph(trainer.runner.model, example_inputs(trainer))
             with (
                 Progress(trainer.budget.num_steps, trainer.step, shown=self.world.leads) as progress,
                 waiting(waits=self.world.group is None) as interrupted,
@@ -111,6 +113,8 @@ class Run:
 
     def start(self) -> Trainer:
         """Return the trainer, at its first step or at that of the checkpoint it goes on from; makes the folder."""
+        if self.world.leads:
+            check_tracker(self.config.tracker)
         refuse_spent(self.config, self._data.digest)
         model = starting_model(self.config, self.spec)
         self.folder, going_on = self._folder()
@@ -142,7 +146,7 @@ class Run:
         config = self.config
         if config.resume not in (None, "auto"):
             folder = Path(config.resume or "")
-            if not folder.is_dir():
+            if not (folder / "config.json").is_file():
                 raise UsageError.for_value("resume", config.resume, "auto, or the folder of a run")
             return folder, True
         folder, going_on = self.world.shared(self.world.first(self._own_folder))
@@ -167,7 +171,8 @@ class Run:
         """Log, keep and show what is due after a step; return the numbers that were logged."""
         self._clock.count(trainer.feed.num_drawn)
         values = self._line(trainer, step) if trainer.is_logged(step) else {}
-        if step % self.config.checkpoint_every == 0:
+        every = self.config.checkpoint_every or min(1000, max(10, trainer.budget.num_steps // 10))
+        if step % every == 0:
             save(trainer)
         if self.config.num_samples and self._is_sampled(step, trainer.budget.num_steps):
             self._grid(trainer, step)
@@ -191,9 +196,12 @@ class Run:
         every = config.log_every if config.validate_every is None else config.validate_every
         if trainer.data.held_out is not None and every and (step % every == 0 or step == trainer.budget.num_steps):
             values["validation_loss"] = validation_loss(trainer)
-        values |= trainer.runner.log_values()
+        values |= trainer.runner.log_values(held_out_contexts(trainer))
         self._log.line(step, values)
         self._tracker.scalars(step, {name: value for name, value in values.items() if value == value})
+        if config.tracker != "none" and self.world.leads and config.sharding == "ddp":
+            for name, parameter in trainer.runner.engine.parameters.items():
+                self._tracker.histogram(step, f"weights/{name}", parameter.detach())
         return values
 
     def _is_sampled(self, step: int, last: int) -> bool:

@@ -1,5 +1,6 @@
 """Where a run's numbers and pictures go besides its log: TensorBoard, Weights & Biases, or nowhere."""
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,10 +41,8 @@ class _Nowhere:
 
 class _TensorBoard:
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise _missing("tensorboard", error) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(str(folder))
 
     def scalars(self, step: int, values: Mapping[str, float | str]) -> None:
@@ -71,10 +70,8 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise _missing("wandb", error) from error
+        import wandb
+
         self._wandb: Any = wandb
         self._run = wandb.init(dir=str(folder), name=name, config=dict(config))
 
@@ -103,12 +100,22 @@ def make_tracker(kind: str, folder: Path, name: str, config: Mapping[str, Any]) 
         name: Of the run.
         config: What the run was asked for.
 
-    Raises:
-        UsageError: Its package is not installed.
+    Its package is installed: see `check_tracker`.
     """
     if kind == "tensorboard":
         return _TensorBoard(folder / "tensorboard")
     return _Wandb(folder, name, config) if kind == "wandb" else _Nowhere()
+
+
+def check_tracker(kind: str) -> None:
+    """Raise `UsageError` unless a tracker's package is installed: before anything is begun."""
+    try:
+        if kind == "tensorboard":
+            importlib.import_module("torch.utils.tensorboard")
+        elif kind == "wandb":
+            importlib.import_module("wandb")
+    except ImportError as error:
+        raise _missing(kind, error) from error
 
 
 def _missing(package: str, error: ImportError) -> UsageError:

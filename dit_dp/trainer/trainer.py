@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dit_dp.clipping import attach
+from dit_dp.errors import UsageError
 from dit_dp.privacy import KEY_SIZE, Facts, Ledger, PoissonSampler, ShuffledSampler
 from dit_dp.trainer.budget import Budget, claim
 from dit_dp.trainer.config import TrainConfig
@@ -225,10 +226,14 @@ class Trainer:
     # --- what is said ----------------------------------------------------------------------------------------
 
     def spent(self) -> float | None:
-        """Return the epsilon of what was charged; `None` where none is claimed."""
+        """Return the epsilon of what was charged; `None` where none is claimed, or the accountant takes too long."""
         if self.ledger is None or not self.config.private or self.config.sampling != "poisson":
             return None
-        return self.ledger.spent(self.config.delta)
+        try:
+            return self.ledger.spent(self.config.delta)
+        except UsageError as error:  # what is charged is charged; its price can be asked for later
+            log.warning("epsilon is left out: %s", error)
+            return None
 
     def claim(self) -> str:
         """Return what may be said of what was charged, in a line."""

@@ -248,3 +248,41 @@ def test_a_dry_run_says_what_would_be_done(tmp_path: Path, capsys: pytest.Captur
     assert "noise multiplier" in said
     assert "delta 1e-05" in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_tracker_is_told_everything_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Told:
+        def scalars(self, step: int, values: dict[str, Any]) -> None:
+            told.append(f"scalars {step} {'debug/context_norm' in values}")
+
+        def histogram(self, step: int, name: str, values: torch.Tensor) -> None:
+            told.append(f"histogram {step}")
+
+        def image(self, step: int, name: str, image: Any) -> None:
+            told.append(f"image {step}")
+
+        def graph(self, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            model(*inputs)
+            told.append("graph")
+
+        def close(self) -> None:
+            told.append("close")
+
+    monkeypatch.setattr("dit_dp.trainer.run.check_tracker", lambda kind: None)
+    monkeypatch.setattr("dit_dp.trainer.run.make_tracker", lambda *asked: Told())
+    sizes = {"workload": "set", "model": "Set/2", "num_classes": None, "model_options": ("sample_size=3",)}
+    run(tiny(tmp_path, **sizes, steps=2, batch_size=4, held_out=0.1, num_samples=2, tracker="tensorboard"))
+    assert {line for line in told if line.startswith("scalars")} == {"scalars 1 True", "scalars 2 True"}
+    assert told[0] == "graph"
+    assert told.count("graph") == 1
+    assert "histogram 2" in told
+    assert "image 2" in told
+    assert told[-1] == "close"
+
+
+def test_a_missing_tracker_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"tracker: wandb cannot be imported .*pip install 'dit-dp\[wandb\]'"):
+        run(tiny(tmp_path / "runs", tracker="wandb"))
+    assert not list((tmp_path / "runs").glob("0*"))
