@@ -1,0 +1,13 @@
+"""``python -m memory_test.campaign``: parse, call, exit."""
+
+import sys
+
+from dit_dp.console import guarded
+from memory_test.campaign.args import CampaignArgs
+from memory_test.campaign.campaign import run_campaign
+
+NAME = "gpu-campaign"
+
+if __name__ == "__main__":
+    stopped = "interrupted; what was finished is kept"
+    sys.exit(guarded(CampaignArgs, None, NAME, run_campaign, name=NAME, interrupted=stopped))
