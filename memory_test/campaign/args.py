@@ -28,6 +28,8 @@ class CampaignArgs:
     """What this GPU is in the catalogue (memory-test cards)."""
     on_mismatch: Annotated[str, tyro.conf.arg(metavar="{refuse,rerun}")] = "refuse"
     """What to do with results of another environment, such as another commit."""
+    retry_failed: bool = False
+    """Measure again what ended in error, timeout or crash."""
     list_parts: Annotated[bool, tyro.conf.arg(name="list")] = False
     """List the parts, their expected minutes and what they need; measure nothing."""
 

@@ -31,6 +31,7 @@ class Site:
         card: Name in the catalogue.
         environment: Of the GPU; `None` where there is none.
         on_mismatch: What to do with results of another environment.
+        retry_failed: Whether what ended otherwise than ok or out of memory is measured again.
         say: Told what goes on.
     """
 
@@ -38,6 +39,7 @@ class Site:
     card: str
     environment: Environment | None
     on_mismatch: OnMismatch = "refuse"
+    retry_failed: bool = False
     say: Callable[[str], None] = note
 
     def folder(self, part: str) -> Path:
@@ -97,8 +99,13 @@ def run_campaign(args: CampaignArgs) -> int:
     budget = Budget(60 * args.minutes)
     environment = gpu() if any(part.on_gpu for part in parts) else None
     make_folder(args.output_dir)
-    mismatch = cast(OnMismatch, args.on_mismatch)
-    site = Site(root=args.output_dir, card=args.card, environment=environment, on_mismatch=mismatch)
+    site = Site(
+        root=args.output_dir,
+        card=args.card,
+        environment=environment,
+        on_mismatch=cast(OnMismatch, args.on_mismatch),
+        retry_failed=args.retry_failed,
+    )
     return run_parts(parts, site, budget)
 
 

@@ -31,6 +31,9 @@ from memory_test.sweep.sweep import OnMismatch, same_environment
 
 SCHEMA_VERSION = 1
 CASE_TIMEOUT_S = 180.0
+FINE = ("ok", "oom")
+"""How a case may end."""
+
 USE = ("process_bytes", "device_used_bytes", "context_bytes", "memory_source")
 
 Result = dict[str, Any]
@@ -84,15 +87,16 @@ def run_trials(trials: Sequence[Trial], part: Part, site: Site, pace: Pace) -> O
     folder, done, failed = site.folder(part.name), 0, 0
     for trial in trials:
         path = folder / trial.file_name
-        if kept(path, site.environment, site.on_mismatch) is not None:
-            done += 1
+        earlier = kept(path, site.environment, site.on_mismatch)
+        if earlier is not None and not (site.retry_failed and earlier["status"] not in FINE):
+            done, failed = done + 1, failed + (earlier["status"] not in FINE)
             continue
         seconds = pace.begin()
         result = None if seconds is None else measure(trial, site.environment, seconds)
         if result is None:
             break
         write_measured(json.dumps(result, indent=1) + "\n", path)
-        done, failed = done + 1, failed + (result["status"] not in ("ok", "oom"))
+        done, failed = done + 1, failed + (result["status"] not in FINE)
         peak = format_bytes(result["peaks"]["peak_allocated_bytes"]) if result["peaks"] else result["status"]
         site.say(f"{part.name}: {trial.name}: {peak}")
     return Outcome(done=done, left=len(trials) - done, failed=failed)
@@ -109,8 +113,7 @@ def kept(path: Path, environment: Environment, on_mismatch: OnMismatch) -> Resul
     found = load(path)
     measured_in = TypeAdapter(Environment).validate_json(json.dumps(found["environment"]))
     measured_in = dataclasses.replace(measured_in, allocator=environment.allocator)
-    fits = found["status"] in ("ok", "oom") and same_environment(measured_in, environment, path, on_mismatch)
-    return found if fits else None
+    return found if same_environment(measured_in, environment, path, on_mismatch) else None
 
 
 def load(path: Path) -> Result:

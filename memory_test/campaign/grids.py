@@ -1,6 +1,7 @@
 """Parts that are sweeps or comparisons: the suite's own runs of them, cell by cell as there is time."""
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 
 from memory_test.campaign.budget import Pace
@@ -22,13 +23,19 @@ def sweep_of(part: Part) -> Sweep:
     def belongs(config: ExperimentConfig) -> bool:
         return all(getattr(config, name) == value for name, value in part.where.items())
 
-    sweep = load_sweep(find_sweep(Path(part.file)))
+    sweep = _sweep(part.file)
     return dataclasses.replace(sweep, cells=[config for config in sweep.cells if belongs(config)])
+
+
+@cache
+def _sweep(file: str) -> Sweep:
+    """Return a whole sweep, of which there are many parts."""
+    return load_sweep(find_sweep(Path(file)))
 
 
 def run_sweep(part: Part, site: Site, pace: Pace) -> Outcome:
     """Measure cells of a sweep."""
-    plan = sweeps.prepare(sweep_of(part), site.folder(part.name), site.on_mismatch)
+    plan = sweeps.prepare(sweep_of(part), site.folder(part.name), site.on_mismatch, site.retry_failed)
     found = {}
     for cell, record in sweeps.run(plan, permit=lambda cell: pace.begin()):
         found[cell.path] = record

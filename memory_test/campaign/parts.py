@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dit_dp.errors import UsageError
+from memory_test.predict.emulator.cases import CASES
 
 Kind = Literal["sweep", "compare", "cases", "edges", "processes", "predictions", "report"]
 Need = Literal["CUDA", "triton", "opacus", "compute-sanitizer"]
@@ -94,7 +95,7 @@ PARTS: tuple[Part, ...] = (
         name="prediction",
         what="the configurations of the emulator, measured",
         kind="cases",
-        steps=66,
+        steps=len(CASES),
         step_seconds=14,
         needs=_OURS_AND_PEERS,
     ),
@@ -164,7 +165,7 @@ PARTS: tuple[Part, ...] = (
         name="report",
         what="predicted against measured, edges, tables and figures from what is there",
         kind="report",
-        steps=66,
+        steps=len(CASES),
         step_seconds=30,
         needs=(),
     ),
