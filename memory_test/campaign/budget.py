@@ -37,6 +37,10 @@ class Pace:
         self._begun: float | None = None
         self._slowest: float | None = None
 
+    def left(self) -> float:
+        """Return the seconds that are left of all."""
+        return self._budget.left()
+
     def begin(self) -> float | None:
         """Return how long (s) the next step may take, if there is time for it; the one before ended just now."""
         now = self._budget.clock()

@@ -97,9 +97,19 @@ def run_trials(trials: Sequence[Trial], part: Part, site: Site, pace: Pace) -> O
             break
         write_measured(json.dumps(result, indent=1) + "\n", path)
         done, failed = done + 1, failed + (result["status"] not in FINE)
-        peak = format_bytes(result["peaks"]["peak_allocated_bytes"]) if result["peaks"] else result["status"]
-        site.say(f"{part.name}: {trial.name}: {peak}")
+        site.say(f"{part.name}: {trial.name}: {_short(result)}")
     return Outcome(done=done, left=len(trials) - done, failed=failed)
+
+
+def _short(result: Result) -> str:
+    """Return a result in a few words."""
+    if result["status"] == "oom":
+        return "does not fit"
+    if result["status"] != "ok":
+        return f"{result['status']}: {(result.get('failure') or {}).get('message', '')}"
+    peaks = result["peaks"]
+    reserved = format_bytes(peaks["peak_reserved_bytes"])
+    return f"{format_bytes(peaks['peak_allocated_bytes'])} allocated, {reserved} reserved"
 
 
 def kept(path: Path, environment: Environment, on_mismatch: OnMismatch) -> Result | None:

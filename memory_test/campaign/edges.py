@@ -75,11 +75,12 @@ def trials_of(edge: Edge, predicted: int) -> Iterator[Trial]:
 def run_edges(part: Part, site: Site, pace: Pace) -> Outcome:
     """Try predicted edges; what was not predicted beforehand is predicted now."""
     predictions, card = _predictions(site), CARDS[site.card]
-    done = left = failed = 0
+    done = failed = 0
     for edge in ALL_EDGES:
+        if pace.left() < part.step_seconds:
+            break
         found = run_trials(list(trials_of(edge, largest_batch(edge, card, predictions))), part, site, pace)
-        done, left, failed = done + found.done, left + found.left, failed + found.failed
+        done, failed = done + found.done, failed + found.failed
         if found.left:
             break
-    behind = 2 * len(ALL_EDGES) - done - left if left else 0
-    return Outcome(done=done, left=left + behind, failed=failed)
+    return Outcome(done=done, left=part.steps - done, failed=failed)

@@ -323,6 +323,30 @@ def test_an_edge_is_tried_at_its_batch_and_one_above_within_a_cap() -> None:
     assert [trial.case.changes["batch_size"] for trial in edges.trials_of(edge, 0)] == [1]
 
 
+def test_edges_are_tried_one_by_one_as_long_as_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    predicted: list[str] = []
+
+    def largest_batch(edge: Any, card: Any, predictions: Any) -> int:
+        predicted.append(edge.case.name)
+        return 7
+
+    def measure(trial: cases.Trial, environment: Any, seconds: float) -> dict[str, Any]:
+        clock.now += 20
+        return a_result(trial, status="ok" if trial.case.changes["batch_size"] == 7 else "oom")
+
+    monkeypatch.setattr(edges, "largest_batch", largest_batch)
+    monkeypatch.setattr(cases, "measure", measure)
+    part = next(part for part in PARTS if part.name == "edges")
+    found = edges.run_edges(part, a_site(tmp_path), a_pace(70, part.step_seconds, clock))
+    assert found == Outcome(done=3, left=part.steps - 3)
+    assert len(predicted) == 2
+    assert edges.run_edges(part, a_site(tmp_path), a_pace(1e4, part.step_seconds, clock)).left == 0
+    assert edges.run_edges(part, a_site(tmp_path), a_pace(1, part.step_seconds, clock)).done == 0
+    assert len(predicted) == 2 + len(edges.ALL_EDGES), "no time, so nothing is predicted"
+
+
 def test_the_largest_batch_is_predicted_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edge, asked = edges.ALL_EDGES[0], []
 
