@@ -9,7 +9,7 @@ DEMO_DIR ?= results/runs/demo
 TEST_WORKERS ?= 2
 
 .PHONY: demo test test-full lint reference workloads systems engine-cpu auto-search mnist trainer-overhead seeds \
-        emulator-check clean
+        emulator-check gpu-campaign clean
 
 demo: $(VENV)/.installed
 	@mkdir -p $(dir $(DEMO_DIR))
@@ -100,6 +100,13 @@ seeds: $(VENV)/.installed
 emulator-check: $(VENV)/.installed $(EMULATED)/.installed
 	mkdir -p results/prediction
 	OMP_NUM_THREADS=1 $(BIN)/python -m memory_test.predict.emulator.check $(EMULATED)/bin/python results/prediction
+
+# Everything that is claimed about CUDA, measured on this machine's GPU in parts; the same command goes on where it
+# stopped. No network beyond the install. See docs/gpu.md; ARGS="--list" lists the parts.
+MINUTES ?= 8
+gpu-campaign: $(VENV)/.installed
+	@mkdir -p results
+	$(BIN)/python -m memory_test.campaign --minutes $(MINUTES) $(ARGS)
 
 $(EMULATED)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(EMULATED)

@@ -27,6 +27,7 @@ LAYERS = [
     {"memory_test.predict"},
     {"memory_test.plan"},
     {"memory_test.doctor"},
+    {"memory_test.campaign"},
     {"memory_test.cli"},
     {"memory_test.diffusion_profile"},
 ]
@@ -52,6 +53,8 @@ WITHOUT_TORCH = [
     "dit_dp.training.checkpoint_state",
     "dit_dp.training.schedule",
     "dit_dp.workloads",
+    "memory_test.campaign.campaign",
+    "memory_test.campaign.grids",
     "memory_test.cli",
     "memory_test.compare.compare",
     "memory_test.core.breakdown",

@@ -12,7 +12,8 @@ class CompareArgs:
     """Time contenders against a baseline in turns, one step at a time, with peak memory and gradient error beside."""
 
     file: tyro.conf.Positional[Path]
-    """YAML file with configurations and contenders, or the name of a shipped one: engine_cpu, engine_h100."""
+    """YAML file with configurations and contenders, or the name of a shipped one: engine_cpu, engine_h100,
+    h100_edge."""
     output_dir: Path
     """Folder of the results, one file a configuration, with a table and figures."""
     configuration: str | None = None

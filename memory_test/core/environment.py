@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,9 @@ import psutil
 import torch
 
 from memory_test.core.schema import Environment
+
+COMMIT_VARIABLE = "MEMORY_TEST_COMMIT"
+"""Environment variable: the commit, 40 hexadecimal digits, of a source tree that has no ``.git``."""
 
 _PACKAGES = ("opacus", "diffusers", "numpy", "triton")
 
@@ -100,10 +104,14 @@ def _driver_version() -> str | None:
 
 
 def _commit() -> tuple[str | None, str | None]:
-    """Return the commit of the source tree this package runs from, and a digest of its changes."""
+    """Return the commit of the source tree this package runs from, and a digest of its changes.
+
+    A copy of the tree without its history is told its commit by `COMMIT_VARIABLE`; such a copy must be unchanged.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None, None
+        said = os.environ.get(COMMIT_VARIABLE, "")
+        return (said if re.fullmatch(r"[0-9a-f]{40}", said) else None), None
     try:
         commit = _git(root, "rev-parse", "HEAD")
         changed = _git(root, "diff", "HEAD", "--", "dit_dp", "memory_test")

@@ -8,6 +8,7 @@ import dataclasses
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch.utils.benchmark import Timer
 from dit_dp.errors import UsageError
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.environment import capture, default_device
+from memory_test.core.schema import Environment
 from memory_test.core.store import write_text
 from memory_test.core.units import MIB
 from memory_test.predict import rates
@@ -35,29 +37,52 @@ COPIED = {"cuda": 256 * MIB, "cpu": 64 * MIB}
 
 
 def run_calibrate(args: CalibrateArgs) -> int:
-    """Calibrate, write the file, say how well steps are predicted."""
+    """Calibrate, write the file, say how well steps are predicted.
+
+    What is finished is kept beside it (`unfinished`), so that a run that was stopped goes on there.
+    """
     device = default_device() if args.device == "auto" else args.device
     if device == "cuda" and default_device() != "cuda":
         raise UsageError.for_value("device", "cuda", "cpu", "no CUDA device can be used here")
     torch.set_num_threads(1 if device == "cpu" else default_threads())
     card = _card(args.card) if device == "cuda" else None
-    found = measure_rates(device, args.seconds)
-    cells = [_try(config, card, found, device) for config in _cells(device, quick=args.quick)]
-    values = {name: value for name, value in vars(found).items() if name != "calibrated"}
-    calibration = rates.Calibration(
-        card="cpu" if card is None else card.name,
-        rates=values,
-        cells=cells,
-        environment=dataclasses.asdict(capture(device)),
-    )
+    keeper = unfinished(args.output)
+    calibration = _begun(keeper, device, card, args)
+    found = Rates(**calibration.rates, calibrated=True)
+    for config in _cells(device, quick=args.quick)[len(calibration.cells) :]:
+        cells = [*calibration.cells, _try(config, card, found, device)]
+        calibration = dataclasses.replace(calibration, cells=cells)
+        write_text(keeper, rates.dump(calibration))
     write_text(args.output, rates.dump(calibration))
-    for cell in cells:
+    keeper.unlink(missing_ok=True)
+    for cell in calibration.cells:
         sys.stdout.write(
             f"{cell.experiment:<14} b{cell.batch_size:<4} {cell.dtype:<8} predicted {cell.predicted_s:.4f} s, "
             f"measured {cell.measured_s:.4f} s, off by {cell.error:.1%}\n"
         )
     sys.stdout.write(f"calibration: {args.output}\n")
     return 0
+
+
+def unfinished(output: Path) -> Path:
+    """Return where a calibration is kept until it is complete."""
+    return output.with_name(f".{output.stem}.unfinished.json")
+
+
+def _begun(keeper: Path, device: str, card: Card | None, args: CalibrateArgs) -> rates.Calibration:
+    """Return a calibration that was stopped, if it is of this environment, else a new one, without cells."""
+    environment = capture(device)
+    if keeper.exists() and not args.quick:
+        kept = rates.load(keeper)
+        if Environment(**kept.environment).identity() == environment.identity():
+            return kept
+    found = measure_rates(device, args.seconds)
+    return rates.Calibration(
+        card="cpu" if card is None else card.name,
+        rates={name: value for name, value in vars(found).items() if name != "calibrated"},
+        cells=[],
+        environment=dataclasses.asdict(environment),
+    )
 
 
 def measure_rates(device: str, seconds: float) -> Rates:

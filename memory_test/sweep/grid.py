@@ -17,16 +17,25 @@ from dit_dp.errors import UsageError
 from memory_test.core.config import ExperimentConfig
 
 _FIELDS = {f.name: f for f in dataclasses.fields(ExperimentConfig)}
-_KEYS = ("name", "description", "base", "grid", "exclude", "cells")
+_KEYS = ("name", "description", "base", "grid", "exclude", "cells", "stop_at_oom")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A named list of cells, in the order in which they run."""
+    """A named list of cells, in the order in which they run.
+
+    Attributes:
+        name: What the file calls itself.
+        description: One line for people.
+        cells: What is measured.
+        stop_at_oom: Field, such as ``batch_size``, along which nothing is tried beyond the first cell that ran out of
+            memory or of time, everything else being equal.
+    """
 
     name: str
     description: str = ""
     cells: list[ExperimentConfig] = field(default_factory=list)
+    stop_at_oom: str | None = None
 
 
 SHIPPED = Path(__file__).resolve().parents[1] / "sweeps"
@@ -42,7 +51,8 @@ def load_sweep(path: Path) -> Sweep:
     """Read a sweep file.
 
     The cells are the product of ``grid`` over ``base``, the last key varying fastest, without those that match
-    an entry of ``exclude``, and then those of ``cells``, each over ``base``.
+    an entry of ``exclude``, and then those of ``cells``, each over ``base``. An entry of ``exclude`` may list several
+    values of a field. ``stop_at_oom`` names a field of ``grid`` whose values increase.
 
     Raises:
         UsageError: Missing file, broken YAML, an unknown key, a value of the wrong type or out of range, no cell.
@@ -61,7 +71,12 @@ def load_sweep(path: Path) -> Sweep:
     devices = sorted({cell.device for cell in cells})
     if len(devices) > 1:
         raise UsageError.for_value(f"{path}: device", ", ".join(devices), "one device", "write a sweep for each")
-    return Sweep(name=str(data.get("name", path.stem)), description=str(data.get("description", "")), cells=cells)
+    return Sweep(
+        name=str(data.get("name", path.stem)),
+        description=str(data.get("description", "")),
+        cells=cells,
+        stop_at_oom=_axis(path, data.get("stop_at_oom"), grid),
+    )
 
 
 def read_yaml(path: Path, name: str, keys: Sequence[str]) -> dict[str, Any]:
@@ -136,4 +151,20 @@ def _list(path: Path, data: dict[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def _matches(entry: dict[str, Any], cell: dict[str, Any]) -> bool:
-    return all(cell.get(name) == value for name, value in entry.items())
+    """Return whether a cell has the values of an entry, or one of those that it lists."""
+
+    def agrees(got: Any, wanted: Any) -> bool:
+        return bool(got == wanted) or (isinstance(wanted, list) and got in wanted)
+
+    return all(agrees(cell.get(name), value) for name, value in entry.items())
+
+
+def _axis(path: Path, name: Any, grid: dict[str, Any]) -> str | None:
+    """Return the field along which a sweep stops; refuse one whose values do not increase."""
+    if name is None:
+        return None
+    values = grid.get(name, []) if isinstance(name, str) else []
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if not values or numbers != values or sorted(set(numbers)) != numbers:
+        raise UsageError.for_value(f"{path}: stop_at_oom", name, "a field of grid whose numbers increase")
+    return str(name)

@@ -76,6 +76,7 @@ class Worker:
         task: What it does.
         options: Arguments of the task, JSON-ready.
         pass_fds: File descriptors it inherits.
+        variables: Environment variables it has beside this process's, such as the allocator's options.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Worker:
         task: Task,
         options: Mapping[str, Any] | None = None,
         pass_fds: Sequence[int] = (),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         threads = config.num_threads or default_threads()
         self._folder = tempfile.TemporaryDirectory(prefix="memory-test-")
@@ -103,7 +105,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                env=_environment(config, threads),
+                env={**_environment(config, threads), **(variables or {})},
                 start_new_session=True,
                 pass_fds=tuple(pass_fds),
             )
@@ -139,10 +141,14 @@ class Worker:
 
 
 def work(
-    config: ExperimentConfig, task: Task, options: Mapping[str, Any] | None = None, timeout_s: float | None = None
+    config: ExperimentConfig,
+    task: Task,
+    options: Mapping[str, Any] | None = None,
+    timeout_s: float | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Run one worker to its end, whatever that is; arguments as for `Worker`, default limit the configuration's."""
-    with Worker(config, task, options) as worker:
+    with Worker(config, task, options, variables=variables) as worker:
         return worker.wait(config.timeout_s if timeout_s is None else timeout_s)
 
 

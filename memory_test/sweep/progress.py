@@ -8,7 +8,11 @@ from memory_test.sweep.sweep import Cell, Plan, run
 
 
 def run_with_progress(plan: Plan, stream: TextIO) -> list[Record]:
-    """Run a plan, showing progress on a stream (one line a cell where it is not a terminal)."""
+    """Run a plan, showing progress on a stream (one line a cell where it is not a terminal).
+
+    Returns:
+        The records; fewer than cells if some lie beyond the edge (`Sweep.stop_at_oom`).
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -20,7 +24,7 @@ def run_with_progress(plan: Plan, stream: TextIO) -> list[Record]:
     )
 
     console = Console(file=stream, highlight=False, soft_wrap=True)
-    done = len(plan.cells) - len(plan.pending)
+    done = sum(cell.done is not None for cell in plan.cells)
     if done:
         console.print(f"{done} of {len(plan.cells)} cells were finished earlier and are kept", markup=False)
     columns = (
@@ -43,4 +47,6 @@ def run_with_progress(plan: Plan, stream: TextIO) -> list[Record]:
             if cell.done is None:
                 console.print(f"{describe_cell(cell.config)}: {short_result(record)}", markup=False)
                 bar.advance(task)
+    if len(records) < len(plan.cells):
+        console.print(f"{len(plan.cells) - len(records)} cells lie beyond the edge and were not tried", markup=False)
     return records

@@ -1,5 +1,6 @@
 """Run a sweep: resume what is done, refuse to mix environments, keep every finished cell whatever happens."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,15 +29,17 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a sweep has to do in a folder."""
+    """What a sweep has to do in a folder; `stop_at_oom` as in `Sweep`."""
 
     cells: list[Cell]
     environment: Environment
+    stop_at_oom: str | None = None
 
     @property
     def pending(self) -> list[Cell]:
-        """Cells without a record."""
-        return [cell for cell in self.cells if cell.done is None]
+        """Cells without a record that do not lie beyond the edge."""
+        ends = _Ends(self)
+        return [cell for cell in self.cells if cell.done is None and not ends.passed(cell.config)]
 
 
 def prepare(sweep: Sweep, folder: Path, on_mismatch: OnMismatch = "refuse", retry_failed: bool = False) -> Plan:
@@ -63,24 +66,72 @@ def prepare(sweep: Sweep, folder: Path, on_mismatch: OnMismatch = "refuse", retr
         if record is not None and retry_failed and record.status not in ("ok", "oom"):
             record = None
         cells.append(Cell(config=config, path=path, done=record))
-    return Plan(cells=cells, environment=environment)
+    return Plan(cells=cells, environment=environment, stop_at_oom=sweep.stop_at_oom)
 
 
-def run(plan: Plan, on_cell: Callable[[Cell], None] = lambda cell: None) -> Iterator[tuple[Cell, Record]]:
+def run(
+    plan: Plan,
+    on_cell: Callable[[Cell], None] = lambda cell: None,
+    permit: Callable[[Cell], float | None] = lambda cell: cell.config.timeout_s,
+) -> Iterator[tuple[Cell, Record]]:
     """Run what is pending, one process at a time; yield each cell with its record, saved.
+
+    A cell beyond the edge (`Plan.stop_at_oom`) is left out: it has no record.
 
     Args:
         plan: From `prepare`.
         on_cell: Told of each cell before it runs.
+        permit: Asked before a cell runs how long (s) it may take; `None` ends the run. A cell that is cut short by
+            this, and not by its own limit, leaves no record and ends the run too.
     """
+    ends = _Ends(plan)
     for cell in plan.cells:
         if cell.done is not None:
             yield cell, cell.done
             continue
+        if ends.passed(cell.config):
+            continue
+        seconds = permit(cell)
+        if seconds is None:
+            return
         on_cell(cell)
-        record = run_cell(cell.config, usage_is_error=True)
+        limit = min(seconds, cell.config.timeout_s)
+        record = run_cell(dataclasses.replace(cell.config, timeout_s=limit), usage_is_error=True)
+        if record.status == "timeout" and limit < cell.config.timeout_s:
+            return
+        record = dataclasses.replace(record, config_requested=cell.config.as_dict())
         store.save_measured(record, cell.path)
+        ends.note(cell.config, record)
         yield cell, record
+
+
+class _Ends:
+    """Where memory or time ran out along a field, by all other fields."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._axis = plan.stop_at_oom
+        self._first: dict[str, float] = {}
+        for cell in plan.cells:
+            if cell.done is not None:
+                self.note(cell.config, cell.done)
+
+    def note(self, config: ExperimentConfig, record: Record) -> None:
+        """Take notice of what a cell ended in."""
+        if self._axis is not None and record.status in ("oom", "timeout"):
+            others, value = self._place(config)
+            self._first[others] = min(value, self._first.get(others, value))
+
+    def passed(self, config: ExperimentConfig) -> bool:
+        """Return whether a smaller cell ran out already."""
+        if self._axis is None:
+            return False
+        others, value = self._place(config)
+        return value > self._first.get(others, value)
+
+    def _place(self, config: ExperimentConfig) -> tuple[str, float]:
+        fields = config.as_dict()
+        value = float(fields.pop(str(self._axis)))
+        return json.dumps(fields, sort_keys=True, default=str), value
 
 
 def file_name(config: ExperimentConfig, device: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 
 from memory_test.core import gradient_error as exactness
@@ -20,8 +21,16 @@ def measure(resolved: dict[str, Any], say: Say) -> Answer:
     return _repeat_answer(measuring.measure(resolved, say))
 
 
-def memory(resolved: dict[str, Any], say: Say) -> Answer:
-    """Take the memory pass of one cell alone."""
+def memory(resolved: dict[str, Any], say: Say, *, memory_fraction: float | None = None) -> Answer:
+    """Take the memory pass of one cell alone.
+
+    Args:
+        resolved: From `ExperimentConfig.resolve`.
+        say: Told of every phase.
+        memory_fraction: CUDA: share of the card that the allocator may reserve.
+    """
+    if memory_fraction is not None:
+        torch.cuda.set_per_process_memory_fraction(memory_fraction)
     return _repeat_answer(measuring.measure_memory(resolved, say))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dit_dp.clipping import attach, contributions, kernels, launch, tiled
 from dit_dp.clipping.reference import clipped_sum
+from memory_test.campaign import tune
 from tests.models import make_case
 from tests.operands import float64_squares, operands
 
@@ -196,3 +197,31 @@ def test_engines_sum_bf16_by_the_kernel(method: str, monkeypatch: pytest.MonkeyP
         totals.append(torch.cat([p.grad.flatten() for p in engine.parameters.values()]))
     assert len(seen) >= 2
     torch.testing.assert_close(*totals, rtol=1e-5, atol=1e-7)
+
+
+# --- the program that tries tiles, warps and depths ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), tune.KERNELS)
+def test_candidates_of_the_tuning_are_the_kernels_that_run(kernel: str, dtype: str) -> None:
+    shape = tune.Shape(3, 20, 24, 40)
+    for seed, tile in enumerate((16, 32)):
+        row = tune.tried(kernel, dtype, shape, tune.Candidate(tile, 4, 3, 16), seed, "cpu", lambda call: 2.0)
+        assert row["status"] == "ok", row
+        assert row["relative_error"] < 5e-6
+    most = {"bytes_a_second": 1e3, "flops_a_second": 1e9}
+    assert tune.with_floor(row, kernel, 2, most)["share_of_floor"] == tune.num_bytes(kernel, shape, 2) / 1e3 / 2
+
+
+def test_an_output_that_is_not_written_is_an_error_that_is_not_a_number() -> None:
+    a, g, factors = tune.draw(tune.Shape(2, 20, 24, 40), torch.float32, 0, "cpu")
+    _, out = tune.prepared("gram", tune.Shape(2, 20, 24, 40), a, g, factors, tune.Candidate(16, 4, 3, 16))
+    assert tune.error("gram", a, g, factors, out) != tune.error("gram", a, g, factors, out)
+
+
+def test_the_small_case_for_the_sanitizer_is_right_and_what_the_engine_compiles_is_among_the_candidates() -> None:
+    assert tune.check("cpu") < 1e-5
+    for kernel, dtype in tune.KERNELS:
+        for shape in tune.SHAPES[kernel]:
+            tried = [how for how in tune.candidates(dtype) if tune.is_current(how, kernel, shape, tune.DTYPES[dtype])]
+            assert tried, (kernel, dtype, shape)

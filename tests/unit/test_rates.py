@@ -1,5 +1,6 @@
 """Step time: counted operations over rates, calibration files, and what they are refused for."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from dit_dp.errors import UsageError
+from memory_test.predict import calibrate
 from memory_test.predict import rates as files
 from memory_test.predict.args import CalibrateArgs
 from memory_test.predict.cards import CARDS
@@ -123,3 +125,33 @@ def test_mistakes_are_refused(tmp_path: Path, changes: dict[str, Any], start: st
     with pytest.raises(UsageError) as raised:
         CalibrateArgs(output=tmp_path / "c.json", **changes)
     assert str(raised.value).startswith(start)
+
+
+def test_a_calibration_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def tried(config: Any, *given: Any) -> Cell:
+        measured.append(config.experiment)
+        if measured == ["vanilla", "vanilla", "bookkeeping"]:
+            raise UsageError("stopped")
+        size = config.batch_size
+        return Cell(experiment=config.experiment, batch_size=size, dtype="float32", predicted_s=1.0, measured_s=2.0)
+
+    timed: list[float] = []
+
+    def rated(device: str, seconds: float) -> Rates:
+        timed.append(seconds)
+        return dataclasses.replace(RATES, launch_s=1e-6)
+
+    monkeypatch.setattr(calibrate, "measure_rates", rated)
+    monkeypatch.setattr(calibrate, "_try", tried)
+    args = CalibrateArgs(output=tmp_path / "c.json", device="cpu")
+    with pytest.raises(UsageError, match="stopped"):
+        calibrate.run_calibrate(args)
+    assert len(files.load(calibrate.unfinished(args.output)).cells) == 2
+    assert not args.output.exists()
+    assert calibrate.run_calibrate(args) == 0
+    assert timed == [0.5], "rates are taken once"
+    assert measured[3:] == ["bookkeeping", "bookkeeping", "ghost", "ghost"]
+    assert [cell.experiment for cell in files.load(args.output).cells] == [*measured[:2], *measured[3:]]
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]

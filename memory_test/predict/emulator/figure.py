@@ -22,23 +22,28 @@ DESCRIPTION = (
 )
 
 
-def scatter(record: dict[str, Any]) -> Figure:
-    """Draw a record's configurations: filled where allocated, hollow where reserved."""
+def scatter(record: dict[str, Any], side: str = "emulated") -> Figure:
+    """Draw a record's configurations: filled where allocated, hollow where reserved.
+
+    Args:
+        record: With ``configurations`` and ``summary``.
+        side: What predictions were compared with, as entries name it.
+    """
     with mpl.rc_context(RC):
-        figure, axes = panel("Predicted against emulated peak memory", 420)
+        figure, axes = panel(f"Predicted against {side} peak memory", 420)
         for method in dict.fromkeys(each["changes"]["experiment"] for each in record["configurations"]):
-            _points(axes, [e for e in record["configurations"] if e["changes"]["experiment"] == method], method)
-        _decorate(axes, record["summary"])
+            _points(axes, [e for e in record["configurations"] if e["changes"]["experiment"] == method], method, side)
+        _decorate(axes, record["summary"], side)
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower left", ncols=3, handlelength=0.9, **TIGHT)
         figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]
     return figure
 
 
-def _points(axes: Axes, entries: list[dict[str, Any]], method: str) -> None:
+def _points(axes: Axes, entries: list[dict[str, Any]], method: str, side: str) -> None:
     color = method_color(method)
     for name, quantity in QUANTITIES.items():
-        xs = [each["emulated"][name] / GIB for each in entries]
+        xs = [each[side][name] / GIB for each in entries]
         ys = [each["predicted"][name] / GIB for each in entries]
         filled = quantity == "allocated"
         axes.plot(
@@ -54,10 +59,10 @@ def _points(axes: Axes, entries: list[dict[str, Any]], method: str) -> None:
         )
 
 
-def _decorate(axes: Axes, summary: dict[str, Any]) -> None:
+def _decorate(axes: Axes, summary: dict[str, Any], side: str) -> None:
     ends = (TICKS[0] / 2, TICKS[-1] * 1.5)
     axes.plot(ends, ends, color=MUTED, linewidth=1, zorder=0)
-    for axis, name in ((axes.xaxis, "emulated"), (axes.yaxis, "predicted")):
+    for axis, name in ((axes.xaxis, side), (axes.yaxis, "predicted")):
         axis.set_label_text(f"{name} (GiB)")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)

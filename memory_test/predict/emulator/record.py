@@ -70,7 +70,7 @@ def entry(case: Case, emulated: Result, predicted: Result) -> Result:
         "relative_errors": errors,
         "worst_phase_error": max(phases, key=abs),
         "attention_kernels": emulated["choices"]["attention_kernels"],
-        "choices_agree": _same_choices(emulated["choices"], predicted["choices"]),
+        "choices_agree": same_choices(emulated["choices"], predicted["choices"]),
         "carried": [n for n, side in (("emulated", emulated), ("predicted", predicted)) if side.get("carried")],
         "retries": emulated["retries"],
         "allocator_actions": emulated["actions"],
@@ -84,7 +84,7 @@ def relative(got: int, wanted: int) -> float:
     return got / wanted - 1
 
 
-def _same_choices(emulated: Result, predicted: Result) -> bool:
+def same_choices(emulated: Result, predicted: Result) -> bool:
     """Return whether the methods chose alike; a budget that was not asked for is what was free, to 1 %."""
     budget = "memory_budget_bytes"
     near = abs(relative(predicted.get(budget, 1), emulated.get(budget, 1))) < 0.01
