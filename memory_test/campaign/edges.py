@@ -4,15 +4,15 @@ Memory is capped by the allocator's own limit, so that neither the context nor o
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from memory_test.campaign.budget import Pace
 from memory_test.campaign.campaign import Outcome, Site
-from memory_test.campaign.cases import Trial, run_trials
+from memory_test.campaign.cases import Result, Trial, run_trials
 from memory_test.campaign.parts import Part
 from memory_test.core.units import GIB
 from memory_test.predict.cards import CARDS, Card
-from memory_test.predict.emulator.cases import Case
+from memory_test.predict.emulator.cases import Case, allocator_options
 from memory_test.predict.emulator.edges import EDGES, Edge, largest
 from memory_test.predict.emulator.sides import Kept, predict
 
@@ -70,6 +70,18 @@ def trials_of(edge: Edge, predicted: int) -> Iterator[Trial]:
     for batch_size in (predicted, predicted + 1):
         if batch_size:
             yield Trial(edge.at(batch_size), edge.usable_bytes)
+
+
+def tried(edge: Edge, measured: Sequence[Result]) -> dict[int, str]:
+    """Return how batches of an edge ended, of all results; empty if none was tried."""
+    wanted = {**edge.case.changes, "batch_size": None}
+    options = allocator_options(edge.case.settings)
+    return {
+        result["changes"]["batch_size"]: result["status"]
+        for result in measured
+        if {**result["changes"], "batch_size": None} == wanted
+        and (result["usable_bytes"], result["allocator"]["options"]) == (edge.usable_bytes, options)
+    }
 
 
 def run_edges(part: Part, site: Site, pace: Pace) -> Outcome:

@@ -8,7 +8,7 @@ from memory_test.campaign.agreement import Result, compared, edge_verdict, kept_
 from memory_test.campaign.budget import Pace
 from memory_test.campaign.campaign import Outcome, Site
 from memory_test.campaign.cases import Trial, load
-from memory_test.campaign.edges import ALL_EDGES, FOLDER, largest_batch, trials_of
+from memory_test.campaign.edges import ALL_EDGES, FOLDER, largest_batch, tried
 from memory_test.campaign.parts import PARTS, Part
 from memory_test.campaign.tables import markdown, rows
 from memory_test.core.store import load_folder, write_text
@@ -31,7 +31,7 @@ def run_report(part: Part, site: Site, pace: Pace) -> Outcome:
     if (site.root / "prediction").is_dir():
         left = report_prediction(site, card, pace)
     if (site.root / FOLDER).is_dir():
-        report_edges(site, card)
+        left += report_edges(site, card, pace)
     report_sweeps(site)
     return Outcome(done=1, left=left)
 
@@ -84,19 +84,18 @@ def _write_prediction(folder: Path, environment: Result, entries: list[Result]) 
     write_text(folder / "report" / "prediction.json", json.dumps(record, indent=1) + "\n")
 
 
-def report_edges(site: Site, card: Card) -> None:
-    """Say for every edge that was tried whether the predicted batch was right."""
-    folder, found = site.root / FOLDER, []
-    predictions = Kept(folder / "predicted")
+def report_edges(site: Site, card: Card, pace: Pace) -> int:
+    """Say of every edge that was tried whether the batch was right; return how many there was no time for."""
+    folder, found, left = site.root / FOLDER, [], 0
+    predictions, measured = Kept(folder / "predicted"), [load(path) for path in sorted(folder.glob("*.json"))]
     for edge in ALL_EDGES:
-        if not any(folder.glob(f"{edge.case.changes['experiment']}-*.json")):
+        statuses = tried(edge, measured)
+        if not statuses:
+            continue
+        if pace.begin() is None:
+            left += 1
             continue
         predicted = largest_batch(edge, card, predictions)
-        statuses = {
-            trial.case.changes["batch_size"]: str(load(path)["status"])
-            for trial in trials_of(edge, predicted)
-            if (path := folder / trial.file_name).exists()
-        }
         verdict = edge_verdict(predicted, statuses)
         found.append({"name": edge.case.name, "usable_bytes": edge.usable_bytes, "predicted": predicted})
         found[-1] |= {"statuses": {str(batch): status for batch, status in statuses.items()}, "verdict": verdict}
@@ -105,6 +104,7 @@ def report_edges(site: Site, card: Card) -> None:
         place = folder / "report"
         place.mkdir(exist_ok=True)
         write_text(place / "edges.json", json.dumps({"schema_version": 1, "edges": found}, indent=1) + "\n")
+    return left
 
 
 def report_sweeps(site: Site) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from dit_dp.clipping.registry import METHODS
 from memory_test.core.schema import Record
 
 BASELINE = "vanilla"
@@ -32,12 +33,12 @@ class Row:
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
-    """Return a row for each method, in the order in which methods appear; records are of one model and dtype."""
+    """Return a row for each method, in the order of `METHODS`; records are of one model and dtype."""
     by_method: dict[str, dict[int, Record]] = {}
     for record in records:
         by_method.setdefault(record.experiment, {})[record.config_requested["batch_size"]] = record
     baseline = _measured(by_method.get(BASELINE, {}))
-    return [_row(method, found, baseline) for method, found in by_method.items()]
+    return [_row(method, found, baseline) for method in METHODS if (found := by_method.get(method))]
 
 
 def _measured(records: dict[int, Record]) -> dict[int, Record]:

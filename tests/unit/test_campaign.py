@@ -23,7 +23,7 @@ from memory_test.core import store
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.environment import COMMIT_VARIABLE
 from memory_test.core.schema import Record
-from memory_test.predict.emulator.cases import CASES
+from memory_test.predict.emulator.cases import CASES, allocator_options
 from memory_test.predict.emulator.figure import scatter
 from memory_test.predict.emulator.record import PEAKS
 from memory_test.predict.emulator.sides import Kept
@@ -321,6 +321,11 @@ def test_an_edge_is_tried_at_its_batch_and_one_above_within_a_cap() -> None:
     assert at.memory_fraction(8 * edge.usable_bytes) == 1 / 8
     assert at.config.device == "cuda"
     assert [trial.case.changes["batch_size"] for trial in edges.trials_of(edge, 0)] == [1]
+    options = {"options": allocator_options(edge.case.settings)}
+    results = [a_result(at, usable_bytes=edge.usable_bytes, allocator=options)]
+    results += [a_result(above, usable_bytes=edge.usable_bytes, allocator=options, status="oom")]
+    assert edges.tried(edge, json.loads(json.dumps(results))) == {37: "ok", 38: "oom"}
+    assert [edges.tried(other, results) for other in edges.ALL_EDGES[1:]] == [{}] * (len(edges.ALL_EDGES) - 1)
 
 
 def test_edges_are_tried_one_by_one_as_long_as_there_is_time(
@@ -459,7 +464,7 @@ def test_an_edge_is_right_or_not(statuses: dict[int, str], verdict: str) -> None
 def test_methods_stand_beside_ordinary_training_at_a_batch_that_both_ran() -> None:
     of_vanilla = [record("vanilla", batch) for batch in (1, 4, 16)] + [record("vanilla", 64, status="oom")]
     of_opacus = [record("opacus", 1), record("opacus", 4), record("opacus", 16, status="oom")]
-    vanilla, opacus, ghost = rows([*of_vanilla, *of_opacus, record("ghost", 1, status="error")])
+    vanilla, ghost, opacus = rows([*of_opacus, *of_vanilla, record("ghost", 1, status="error")])
     assert (vanilla.fits, vanilla.breaks, vanilla.batch) == (16, 64, 16)
     assert (vanilla.memory, vanilla.throughput, vanilla.best) == (1, 1, 1)
     assert (opacus.fits, opacus.breaks, opacus.batch) == (4, 16, 4)
