@@ -16,7 +16,8 @@ from memory_test.report.systems import naive_attention_bytes, systems_page
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-MARKED = re.compile(r"<!-- (table|comparison|emulator|workloads|attention): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
+KINDS = "table|comparison|emulator|workloads|attention|mnist"
+MARKED = re.compile(rf"<!-- ({KINDS}): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def generated(kind: str, folder: Path) -> str:
@@ -27,6 +28,8 @@ def generated(kind: str, folder: Path) -> str:
         return systems_page(load_frame(folder))
     if kind == "attention":
         return attention_line(folder)
+    if kind == "mnist":
+        return mnist_table(json.loads((folder / "record.json").read_text(encoding="utf-8")))
     if kind == "emulator":
         return emulated(json.loads(folder.read_text(encoding="utf-8")))
     comparisons = [load(path) for path in folder.glob("*.json")]
@@ -44,6 +47,34 @@ def attention_line(folder: Path) -> str:
         f"on {config['model']}: {taken / matrix:.2f} matrices of {matrix / 1e6:.0f} MB ({heads} heads x "
         f"{config['num_tokens']}² x 4 B); predicted, float32, on CUDA.\n"
     )
+
+
+def mnist_table(record: dict[str, Any]) -> str:
+    """Return what runs on MNIST and their samples came to."""
+    lines = [
+        "| trained with | noise multiplier | steps | training | peak memory | examples/s | CNN | logistic regression |",
+        "| :-- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    names = {"eps10": "ε = {epsilon:.2f}, δ = {delta:g}", "inf": "no noise, no privacy"}
+    for key, name in names.items():
+        run = record["runs"][key]
+        title = name.format(epsilon=run["epsilon"] or 0, delta=run["delta"])
+        accuracy = run["accuracy"]
+        lines.append(
+            f"| {title} | {run['noise_multiplier']:.3f} | {run['steps']} | {run['seconds'] / 60:.1f} min | "
+            f"{run['peak_memory_bytes'] / 2**20:.0f} MiB | {run['examples_per_s']:.0f} | "
+            f"{accuracy['cnn_accuracy']:.1%} | {accuracy['logistic_accuracy']:.1%} |"
+        )
+    real, run = record["real"], record["runs"]["eps10"]
+    lines += [
+        f"| (the real training images) | | | | | | {real['cnn_accuracy']:.1%} | {real['logistic_accuracy']:.1%} |",
+        "",
+        f"Accuracy on {real['num_test']} held-out real digits of classifiers trained on "
+        f"{run['accuracy']['num_samples']} samples alone; {run['num_units']} training images, "
+        f"{run['num_trainable_parameters']:,} parameters, method `{run['method']}`, {run['num_threads']} threads; "
+        f"memory: {run['peak_memory_is']}.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def emulated(record: dict[str, Any]) -> str:
