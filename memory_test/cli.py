@@ -49,7 +49,7 @@ class SweepArgs:
 
     file: tyro.conf.Positional[Path]
     """YAML file with base and grid, or the name of a shipped one: demo, cpu_small, workloads,
-    h100_engine, h100_smoke."""
+    h100_core, h100_engine, h100_smoke."""
     output_dir: Path
     """Folder of the records, one file a cell."""
     on_mismatch: Annotated[str, tyro.conf.arg(metavar="{refuse,rerun}")] = "refuse"
