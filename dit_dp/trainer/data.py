@@ -49,7 +49,7 @@ def open_data(config: TrainConfig, spec: WorkloadSpec, cache: Path, device: torc
     if spec.num_classes is not None and images.num_classes > spec.num_classes:
         fix = f"the data has {images.num_classes} classes"
         raise UsageError.for_value("num_classes", spec.num_classes, f">= {images.num_classes}", fix)
-    train, apart = split(images, config.held_out) if config.held_out else (images, None)
+    train, apart = _apart(images, config.held_out) if config.held_out else (images, None)
     size = spec.objective.set_size
     if size is None:
         return RunData(train=train, held_out=apart, digest=train.digest, decode=decode)
@@ -58,6 +58,14 @@ def open_data(config: TrainConfig, spec: WorkloadSpec, cache: Path, device: torc
         held_out=None if apart is None else _sets(apart, cache, size),
         digest=train.digest,
     )
+
+
+def _apart(images: Images, fraction: float) -> tuple[Images, Images]:
+    """Return the images to train on and those kept apart."""
+    try:
+        return split(images, fraction)
+    except UsageError as error:
+        raise UsageError(f"held_out: {str(error).partition(': ')[2]}") from error
 
 
 def _sets(images: Images, cache: Path, size: int) -> Examples:

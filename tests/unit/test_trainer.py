@@ -136,6 +136,7 @@ def test_what_is_not_private_says_so(tmp_path: Path, changes: dict[str, Any], sa
         ({"sharding": "fsdp2"}, "sharding: got 'fsdp2'"),
         ({"resume": "nowhere"}, "resume: got 'nowhere'"),
         ({"num_classes": 5}, "num_classes: got 5"),
+        ({"held_out": 1e-9}, "held_out: got 1e-09"),
         ({"in_channels": 4}, "image_size: got 8"),
         ({"in_channels": 4, "image_size": 64}, "frontend: got None"),
         ({"frontend": "vae", "workload": "panda", "model": "Panda/4", "num_classes": None}, "takes pixels"),
