@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"dit_dp.errors"},
-    {"dit_dp.validate", "dit_dp.console"},
+    {"dit_dp.validate", "dit_dp.console", "dit_dp.files", "dit_dp.lazy"},
     {"dit_dp.clipping", "dit_dp.models", "dit_dp.data", "dit_dp.privacy"},
     {"dit_dp.objectives", "dit_dp.frontends"},
     {"dit_dp.training"},

@@ -15,7 +15,6 @@ has no set.
 import hashlib
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,6 +26,7 @@ from torch import Tensor
 from dit_dp import validate
 from dit_dp.data.images import Examples, Images
 from dit_dp.errors import UsageError
+from dit_dp.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -175,13 +175,7 @@ def _load(file: Path) -> Partition:
 
 def _save(partition: Partition, file: Path) -> None:
     """Write a partition so that a reader sees all of it or nothing; ranks may do it at the same time, all alike."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            json.dump(asdict(partition), handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(file)
+        write_whole(file, json.dumps(asdict(partition)).encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UsageError(f"sets: cannot write the partition {file}: {error.strerror or error}") from error

@@ -17,6 +17,7 @@ from dit_dp.evaluate.downstream import downstream_accuracy
 from dit_dp.evaluate.features import extract, load_extractor
 from dit_dp.evaluate.metrics import frechet_distance, kernel_distance, precision_recall
 from dit_dp.evaluate.pictures import Pictures, load_pictures
+from dit_dp.files import write_whole
 
 
 def run_evaluate(args: EvaluateArgs, recipe: Recipe | None = None) -> Evaluation:
@@ -116,13 +117,8 @@ def _check_writable(path: Path) -> None:
 
 def _save(result: Evaluation, path: Path) -> None:
     """Write a result so that a reader sees all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, (json.dumps(dataclasses.asdict(result), indent=2) + "\n").encode(), sync=False)
     except OSError as error:
         raise UsageError(f"output: cannot write {path}: {error.strerror or error}") from error

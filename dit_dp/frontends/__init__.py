@@ -3,10 +3,10 @@
 Names are resolved on first use, so that reading `dit_dp.frontends.registry` does not import torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dit_dp.frontends.registry import FRONTENDS, make_frontend
+from dit_dp.lazy import lazily
 
 if TYPE_CHECKING:
     from dit_dp.frontends.cache import CachedLatents, encode_data, open_cache
@@ -52,7 +52,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, {name: f"{__name__}.{module}" for name, module in _LAZY.items()})

@@ -32,7 +32,7 @@ from torch import Tensor
 from dit_dp import validate
 from dit_dp.data import Images
 from dit_dp.errors import UsageError
-from dit_dp.frontends.files import write_whole
+from dit_dp.files import write_whole
 from dit_dp.frontends.frontend import Frontend, digest_of
 from dit_dp.frontends.manifest import MANIFEST_FILE, Manifest, load_manifest, save_manifest
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from dit_dp.errors import UsageError
-from dit_dp.frontends.files import write_whole
+from dit_dp.files import write_whole
 
 MANIFEST_FILE = "manifest.json"
 

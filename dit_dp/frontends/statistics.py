@@ -22,7 +22,7 @@ from dit_dp import validate
 from dit_dp.clipping.noise import entropy_size, generator_of
 from dit_dp.data import Images
 from dit_dp.errors import UsageError
-from dit_dp.frontends.files import write_whole
+from dit_dp.files import write_whole
 from dit_dp.privacy import Mechanism
 
 VARIANCE_EPS = 1e-5

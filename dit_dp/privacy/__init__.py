@@ -1,7 +1,8 @@
 """Privacy: who is in a step, what a run costs, and the ledger of what it released."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dit_dp.lazy import lazily
 from dit_dp.privacy.accounting import Mechanism, check_delta, epsilon, epsilon_of
 from dit_dp.privacy.calibration import noise_multiplier, steps_within
 from dit_dp.privacy.entries import Facts, Position
@@ -30,10 +31,4 @@ __all__ = [
 _NEED_TORCH = ("KEY_SIZE", "PoissonSampler", "ShuffledSampler")
 
 
-def __getattr__(name: str) -> Any:
-    """Load what needs torch when it is first asked for."""
-    if name in _NEED_TORCH:
-        from dit_dp.privacy import sampling
-
-        return getattr(sampling, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, dict.fromkeys(_NEED_TORCH, "dit_dp.privacy.sampling"))

@@ -3,9 +3,9 @@
 Names are resolved on first use, so that reading `dit_dp.sampling.config` does not import torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dit_dp.lazy import lazily
 from dit_dp.sampling.config import GUIDE_CHANNELS, SAMPLERS, VARIANCES, SamplingConfig
 
 if TYPE_CHECKING:
@@ -42,7 +42,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, _LAZY)

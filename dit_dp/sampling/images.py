@@ -6,7 +6,6 @@ Samples are given as they are drawn, (N, C, H, W) in [-1, 1], or as `to_uint8` m
 """
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from dit_dp import validate
 from dit_dp.errors import UsageError
+from dit_dp.files import replacing
 
 
 def to_uint8(samples: Tensor) -> Tensor:
@@ -114,15 +114,10 @@ def save_images(samples: Tensor, folder: Path | str, labels: Tensor | None = Non
 
 def _write(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
     """Write a file so that a reader sees all of it or nothing, or raise `UsageError`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                write(file)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path, sync=False) as file:
+            write(file)
     except OSError as error:
         raise UsageError(f"output: cannot write {path}: {error.strerror or error}") from error
     return path

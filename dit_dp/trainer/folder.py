@@ -3,13 +3,13 @@
 import datetime
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dit_dp.errors import UsageError
+from dit_dp.files import write_whole
 from dit_dp.trainer.config import TrainConfig
 from dit_dp.workloads import WorkloadSpec
 
@@ -131,13 +131,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UsageError: It cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            json.dump(content, handle, indent=1)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        write_whole(path, json.dumps(content, indent=1).encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UsageError(f"output_dir: cannot write {path}: {error.strerror or error}") from error

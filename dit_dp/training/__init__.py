@@ -3,9 +3,9 @@
 Names are resolved on first use, so that reading `dit_dp.training.schedule` does not import torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dit_dp.lazy import lazily
 from dit_dp.training.schedule import PRESETS, Phase, Schedule
 
 if TYPE_CHECKING:
@@ -23,7 +23,4 @@ _LAZY = {
 __all__ = ["PRESETS", "Ema", "Phase", "PhaseRunner", "Schedule", "make_optimizer", "train_step"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, _LAZY)

@@ -3,9 +3,9 @@
 Names are resolved on first use, so that reading the registry does not import torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dit_dp.lazy import lazily
 from dit_dp.workloads.config import WorkloadConfig, WorkloadSpec
 from dit_dp.workloads.registry import WORKLOADS, Workload
 from dit_dp.workloads.stored import stored_spec
@@ -27,7 +27,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _BUILT:
-        return getattr(importlib.import_module("dit_dp.workloads.build"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, dict.fromkeys(_BUILT, "dit_dp.workloads.build"))

@@ -1,7 +1,6 @@
 """Records on disk: one JSON per cell, written atomically, read strictly."""
 
 import json
-import os
 import tempfile
 from collections.abc import Collection, Iterator
 from functools import cache
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_dp.errors import UsageError
+from dit_dp.files import write_whole
 from memory_test.core.schema import SCHEMA_VERSION, Record
 
 if TYPE_CHECKING:
@@ -44,15 +44,9 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UsageError: The disk is full or the folder cannot be written to; an older file stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         reason = error.strerror or str(error)
         raise UsageError(f"output: cannot write {path}: {reason}; nothing was overwritten") from error
 
