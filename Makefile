@@ -18,9 +18,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -m "not gpu and not full" -n $(TEST_WORKERS) --dist loadfile
 
-# Every stated count instead of a seeded sample of them, 500 random cases a method; writes their record.
+# Every stated count instead of a seeded sample of them, 500 random cases a method; writes their records. Over an hour on
+# 2 cores.
 test-full: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not gpu" --sensitivity-record results/sensitivity/record.json
+	$(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist worksteal --full-record results
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

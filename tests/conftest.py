@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--refresh-golden", action="store_true", help="write the golden files instead of comparing with them"
     )
     parser.addoption(
-        "--sensitivity-record", type=Path, default=None, help="file for the record of the random cases (marker full)"
+        "--full-record", type=Path, default=None, help="folder for the records of what was stated and run (marker full)"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the process that leads the run keep the record."""
+    folder: Path | None = config.getoption("--full-record")
+    if folder is not None and not hasattr(config, "workerinput"):
+        from tests.full_record import FullRecord
+
+        config.pluginmanager.register(FullRecord(folder))
 
 
 @pytest.fixture
@@ -25,7 +35,6 @@ def refresh_golden(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def sensitivity_record(request: pytest.FixtureRequest) -> Path | None:
-    """Return where the record of the random cases is to be written, if anywhere."""
-    path: Path | None = request.config.getoption("--sensitivity-record")
-    return path
+def stated(record_property: Callable[[str, object], None]) -> Callable[[str, int], None]:
+    """Return a function that notes, for the record of a full run, what this test checks and how often."""
+    return lambda what, number: record_property("stated", [what, number])

@@ -73,8 +73,12 @@ def test_the_authority_is_below_renyi_and_monotone(point: tuple[float, float, in
 
 @pytest.mark.full
 @pytest.mark.timeout(2 * 3600)
-def test_the_authority_is_below_renyi_and_monotone_on_the_whole_grid() -> None:
-    for point in points(FULL_POINTS, seed=1):
+@pytest.mark.parametrize("part", range(FULL_POINTS // 20))
+def test_the_authority_is_below_renyi_and_monotone_on_the_whole_grid(
+    part: int, stated: Callable[[str, int], None]
+) -> None:
+    stated("points of the accountants' grid", 20)
+    for point in points(FULL_POINTS, seed=1)[20 * part : 20 * part + 20]:
         check_point(*point)
 
 
@@ -248,14 +252,16 @@ GOOD: dict[str, Any] = {"target_epsilon": 8.0, "delta": 1e-6, "sample_rate": 0.0
         ("time_limit_s", math.nan),
     ],
 )
-def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
+def test_values_out_of_range_are_refused_by_name(name: str, value: Any, stated: Callable[[str, int], None]) -> None:
+    stated("bad inputs of an accountant, each refused within a second", 1)
     with pytest.raises(UsageError, match=rf"^{name.removeprefix('target_')}: got "):
         noise_multiplier(**{**GOOD, name: value})
 
 
 @pytest.mark.timeout(1)
 @pytest.mark.parametrize("sigma", [-1.0, 1e-3, 1e-300, math.nan, math.inf, "1.0", None])
-def test_a_noise_multiplier_out_of_range_is_refused(sigma: Any) -> None:
+def test_a_noise_multiplier_out_of_range_is_refused(sigma: Any, stated: Callable[[str, int], None]) -> None:
+    stated("bad inputs of an accountant, each refused within a second", 1)
     with pytest.raises(UsageError, match=r"^noise_multiplier: got "):
         Mechanism(noise_multiplier=sigma, sample_rate=0.1, num_steps=1)
     with pytest.raises(UsageError, match=r"^noise_multiplier: got "):
@@ -264,8 +270,9 @@ def test_a_noise_multiplier_out_of_range_is_refused(sigma: Any) -> None:
 
 @pytest.mark.timeout(1)
 @pytest.mark.parametrize("accountant", ["gdp", "PLD", ""])
-def test_an_unknown_accountant_is_refused(accountant: Any) -> None:
+def test_an_unknown_accountant_is_refused(accountant: Any, stated: Callable[[str, int], None]) -> None:
     """Gaussian differential privacy among them: for sampled steps it is no bound."""
+    stated("bad inputs of an accountant, each refused within a second", 1)
     with pytest.raises(UsageError, match=r"^accountant: got .*; accepted: pld, rdp, prv$"):
         epsilon(run(1.0, 0.1, 1), 1e-5, accountant)
 

@@ -1,5 +1,6 @@
 """Runs in which most batches are empty: noise is released all the same, parameters move, and every step is charged."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,8 @@ def test_a_sample_of_runs(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-def test_every_run(tmp_path: Path) -> None:
+def test_every_run(tmp_path: Path, stated: Callable[[str, int], None]) -> None:
+    stated("seeds of runs with empty batches", FULL)
     found = [run(seed, tmp_path / f"{seed}.jsonl") for seed in range(FULL)]
     assert abs(sum(found) / (FULL * STEPS) - (1 - RATE) ** NUM_UNITS) < 0.05
     last = Ledger.read(tmp_path / f"{FULL - 1}.jsonl")

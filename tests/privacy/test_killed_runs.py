@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,5 +91,6 @@ def test_killed_runs_go_on_and_pay(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("number", range(KILLS // 5))
-def test_killed_runs_go_on_and_pay_every_time(tmp_path: Path, number: int) -> None:
+def test_killed_runs_go_on_and_pay_every_time(tmp_path: Path, number: int, stated: Callable[[str, int], None]) -> None:
+    stated("SIGKILLs of a run that then went on", 5)
     killed_and_resumed(tmp_path, 5, random.Random(SEED + number))

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,9 @@ def test_death_at_any_byte(tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-def test_death_at_every_byte(tmp_path: Path) -> None:
+def test_death_at_every_byte(tmp_path: Path, stated: Callable[[str, int], None]) -> None:
     whole = written(tmp_path / "whole.jsonl", 4)
+    stated("bytes of a ledger at which its writer died", len(whole))
     for size in range(len(whole)):
         killed_at(tmp_path / "cut.jsonl", whole, size)
 

@@ -1,6 +1,7 @@
 """The noise that engines release is Gaussian with standard deviation sigma C, and every release has its own."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ def test_a_million_draws_are_gaussian() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["auto", "bookkeeping", "ghost", "lean", "per_layer", "microbatch"])
-def test_a_million_draws_are_gaussian_for_every_method(method: str) -> None:
+def test_a_million_draws_are_gaussian_for_every_method(method: str, stated: Callable[[str, int], None]) -> None:
+    stated("sets of 1e6 noise draws", 3)
     for seed in range(3):
         check(method, seed)
 

@@ -58,6 +58,15 @@ class Tally:
                     line = f"seed {seed}, {diagnosis.subject}, {check.name}: {check.status}"
                     self.failures.append(f"{line}, {check.measured} where {check.bound} may be: {check.explanation}")
 
+    def merge(self, other: dict[str, Any]) -> None:
+        """Take another tally, as `dataclasses.asdict` gives it."""
+        for subject, found in other["margins"].items():
+            margins = self.margins.setdefault(subject, {})
+            for check, margin in found.items():
+                margins[check] = max(margins.get(check, 0.0), margin)
+        self.failures += other["failures"]
+        self.kinds.update(other["kinds"])
+
     def record(self, first_seed: int, num_cases: int, methods: tuple[str, ...]) -> SensitivityRecord:
         """Return the record; margins have three digits."""
         return SensitivityRecord(

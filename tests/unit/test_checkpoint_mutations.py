@@ -319,8 +319,11 @@ def test_a_mutated_checkpoint_is_refused(seed: int, whole: Path, again: Run, tmp
 
 
 @pytest.mark.full
-def test_all_mutated_checkpoints_are_refused(whole: Path, again: Run, tmp_path: Path) -> None:
+def test_all_mutated_checkpoints_are_refused(
+    whole: Path, again: Run, tmp_path: Path, stated: Callable[[str, int], None]
+) -> None:
     """The stated count."""
+    stated("damaged or forged checkpoints", NUM_MUTATIONS)
     for seed in range(NUM_MUTATIONS):
         (tmp_path / str(seed)).mkdir()
         refuse(seed, whole, again, tmp_path / str(seed))

@@ -1,0 +1,76 @@
+"""The record of a full run: what is added up, and that the committed one has every stated count."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from tests.full_record import COUNTS, SCHEMA_VERSION, FullRecord
+
+COMMITTED = {
+    "points of the accountants' grid": 200,
+    "bad inputs of an accountant, each refused within a second": 30,
+    "seeds of runs with empty batches": 200,
+    "SIGKILLs of a run that then went on": 50,
+    "damaged or forged checkpoints": 100,
+    "sets of 1e6 noise draws": 18,
+    "audited runs, each whole and broken in three ways": 120,
+    "random models, each under every method of ours": 500,
+}
+"""The least of each."""
+
+
+def report(
+    test: str, outcome: Literal["passed", "failed", "skipped"], when: Literal["setup", "call"] = "call", **said: Any
+) -> pytest.TestReport:
+    return pytest.TestReport(
+        nodeid=test,
+        location=(test, 0, test),
+        keywords={},
+        outcome=outcome,
+        longrepr=None,
+        when=when,
+        duration=1.5,
+        user_properties=list(said.items()),
+    )
+
+
+def test_counts_of_workers_are_added_up(tmp_path: Path) -> None:
+    record = FullRecord(tmp_path)
+    record.pytest_runtest_logreport(report("a.py::one[0]", "passed", "setup"))
+    record.pytest_runtest_logreport(report("a.py::one[0]", "passed", stated=["kills", 5]))
+    record.pytest_runtest_logreport(report("a.py::one[1]", "passed", stated=["kills", 5]))
+    record.pytest_runtest_logreport(report("a.py::two", "failed", stated=["kills", 7]))
+    record.pytest_runtest_logreport(report("a.py::three", "failed", "setup"))
+    record.pytest_sessionfinish()
+    written = json.loads((tmp_path / "tests" / "record.json").read_text())
+    assert written["tests"] == {"failed": 2, "passed": 2}
+    assert written["counts"] == {
+        "kills": {"tests": ["a.py::one", "a.py::two"], "passed": 10, "failed": 7, "seconds": 4.5}
+    }
+    assert not (tmp_path / "sensitivity").exists()
+
+
+def test_random_cases_of_workers_are_put_together(tmp_path: Path) -> None:
+    record = FullRecord(tmp_path)
+    for margin, failures in ((0.25, []), (0.5, ["seed 3"])):
+        found = {"margins": {"ghost": {"noise": margin}}, "failures": failures, "kinds": {"attention": 2}}
+        said = {"num_cases": 20, "methods": ["ghost"], "found": found}
+        record.pytest_runtest_logreport(report("a.py::one", "passed", tally=said))
+    record.pytest_sessionfinish()
+    written = json.loads((tmp_path / "sensitivity" / "record.json").read_text())
+    assert (written["num_cases"], written["methods"], written["failures"]) == (40, ["ghost"], ["seed 3"])
+    assert written["worst_margins"] == {"ghost": {"noise": 0.5}}
+    assert written["layer_kinds"] == {"attention": 4}
+
+
+@pytest.mark.skipif(not COUNTS.exists(), reason="no record committed yet; `make test-full` writes it")
+def test_the_committed_record_has_every_stated_count() -> None:
+    committed = json.loads(COUNTS.read_text(encoding="utf-8"))
+    assert committed["schema_version"] == SCHEMA_VERSION
+    assert set(committed["tests"]) <= {"passed", "skipped"}
+    assert not committed["environment"]["dirty"]
+    for what, least in COMMITTED.items():
+        assert committed["counts"][what]["passed"] >= least, what
+        assert committed["counts"][what]["failed"] == 0, what
