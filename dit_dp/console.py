@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,10 +35,10 @@ def guarded(
         command: Takes the arguments, returns the exit code.
         name: Of the program, before an error.
         prepare: Changes the words before they are parsed, such as a recipe into its options.
-        interrupted: What to say at Ctrl-C; the exit code is 130.
+        interrupted: What to say at `KeyboardInterrupt`.
 
     Returns:
-        The exit code.
+        The exit code; of a `KeyboardInterrupt` a shell's for the signal that it holds, or for Ctrl-C.
     """
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
@@ -50,9 +51,9 @@ def guarded(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         return complain(UsageError(f"system: {error}"), name)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         note(interrupted)
-        return 130
+        return 128 + int(error.args[0] if error.args else signal.SIGINT)
 
 
 def parse(kind: type[T], argv: Sequence[str] | None, prog: str | None = None) -> T:

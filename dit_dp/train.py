@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None, prog: str = f"{NAME} train") -> int:
     """Train a workload: ``--recipe NAME|FILE``, and options that change it.
 
     Returns:
-        0 done, 2 the user's mistake, 130 interrupted.
+        0 done, 2 the user's mistake, 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
 

@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -59,10 +60,17 @@ class ImageFolder(Images):
     def subset(self, index: Sequence[int]) -> Self:
         """Return some of the images, in this order."""
         chosen = torch.as_tensor(index, dtype=torch.int64)
-        return replace(self, paths=tuple(self.paths[number] for number in index), labels=self.labels[chosen])
+        some = replace(self, paths=tuple(self.paths[number] for number in index), labels=self.labels[chosen])
+        if "_digests" in vars(self):
+            vars(some)["_digests"] = [self._digests[number] for number in index]
+        return some
 
     def digests(self) -> list[str]:
-        """Return the SHA-256 of each file; reads all of them."""
+        """Return the SHA-256 of each file; the first call reads all of them, and a subset does not read them again."""
+        return list(self._digests)
+
+    @cached_property
+    def _digests(self) -> list[str]:
         return [hashlib.sha256(_bytes_of(path)).hexdigest() for path in self.paths]
 
 

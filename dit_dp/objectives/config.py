@@ -29,7 +29,7 @@ class ObjectiveConfig:
         metric: Mean squared (``l2``) or absolute (``l1``) error.
         learn_sigma: The model also predicts variances (2C channels), trained by the variational bound; DDPM only.
         kl_weight: Factor on the KL divergence of models that return one.
-        num_steps: S.
+        num_steps: S; of linear betas, which end at 20 / S, more than 20.
         times: ``uniform``, or ``logit-normal``: the sigmoid of a normal of `logit_mean` and `logit_std`.
         shift: s; times become ``s t / (1 + (s - 1) t)``.
         time_scale: The model is told this times t; `None`: 1000 on the additive path, else 1.
@@ -65,7 +65,7 @@ class ObjectiveConfig:
         validate.one_of("target", self.target, TARGETS)
         validate.one_of("metric", self.metric, METRICS)
         validate.one_of("times", self.times, TIMES)
-        validate.integer("num_steps", self.num_steps, minimum=2)
+        validate.integer("num_steps", self.num_steps, minimum=21 if self.path == "ddpm-linear" else 2)
         validate.integer("multiplicity", self.multiplicity)
         validate.real("kl_weight", self.kl_weight, positive=False)
         validate.real("logit_std", self.logit_std, positive=True)

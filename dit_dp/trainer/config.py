@@ -109,6 +109,8 @@ class TrainConfig(WorkloadConfig):
     """Folder of the runs."""
     resume: str | None = None
     """auto: go on with the newest run of this model, if there is one; or the folder of a run."""
+    any_world_size: bool = False
+    """Let a run go on with another number of processes; of fixed batches it never may."""
     checkpoint_every: int | None = None
     """Steps between checkpoints, of which the last is always one; default: a tenth of all steps, 10 to 1000."""
     keep_checkpoints: int = 2
@@ -202,6 +204,9 @@ class TrainConfig(WorkloadConfig):
     def _check_run(self) -> None:
         if self.compile and not METHODS[self.method].supports_compile:
             raise UsageError.for_value("compile", True, "False", f"with {self.method}")
+        if self.any_world_size and self.sampling == "shuffled":
+            fix = "fixed batches are dealt out to the processes: other ones make another run"
+            raise UsageError.for_value("any_world_size", True, "False", fix)
         if self.sharding == "fsdp2" and not METHODS[self.method].sharded:
             names = [name for name, method in METHODS.items() if method.sharded]
             raise UsageError.for_value("sharding", self.sharding, "ddp", f"or a method that runs on shards: {names}")

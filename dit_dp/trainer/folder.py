@@ -86,6 +86,7 @@ class RunLog:
             raise UsageError(f"output_dir: cannot write in {folder}: {error.strerror or error}") from error
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
         root = logging.getLogger("dit_dp")
+        self._level_before = root.level
         root.addHandler(handler)
         root.setLevel(min(logging.INFO, root.level or logging.INFO))
         self._files.append(handler)
@@ -107,8 +108,10 @@ class RunLog:
 
     def close(self) -> None:
         """Close both files."""
+        root = logging.getLogger("dit_dp")
         for handler in self._files:
-            logging.getLogger("dit_dp").removeHandler(handler)
+            root.removeHandler(handler)
+            root.setLevel(self._level_before)
             handler.close()
         if self._metrics is not None:
             self._metrics.close()

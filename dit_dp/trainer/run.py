@@ -92,16 +92,16 @@ class Run:
                 self._tracker.graph(trainer.runner.model, example_inputs(trainer))
             with (
                 Progress(trainer.budget.num_steps, trainer.step, shown=self.world.leads) as progress,
-                waiting(waits=self.world.group is None) as interrupted,
+                waiting(alone=self.world.group is None) as stopped,
             ):
                 last = time.perf_counter()
                 for step in trainer.steps():
                     times.append(time.perf_counter() - last)
                     progress.advance(step, self._after(trainer, step))
                     yield step
-                    if interrupted():
+                    if number := self.world.largest(stopped()):
                         save(trainer)
-                        raise KeyboardInterrupt
+                        raise KeyboardInterrupt(number) if self.world.leads else SystemExit(128 + number)
                     last = time.perf_counter()
             if times:  # none: the budget was spent on steps that were lost, and the checkpoint is as it was
                 save(trainer)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,8 @@ def restore(trainer: "Trainer", checkpoint: checkpoints.Checkpoint) -> None:
         UsageError: It is of another run, or the ledger does not know of what it has seen.
     """
     here = trainer.world.shared(describe(trainer) if trainer.world.leads else None)
+    if trainer.config.any_world_size:
+        here = replace(here, world_size=checkpoint.state.world_size)
     checkpoints.restore(checkpoint, trainer.runner, here)
     trainer.step = checkpoint.state.step
     facts = checkpoint.state.privacy
@@ -135,7 +138,7 @@ def describe(trainer: "Trainer") -> checkpoints.CheckpointState:
             num_charged_steps=0 if position is None else position.num_charges,
             ledger_head=None if position is None else position.chain,
         ),
-        world_size=trainer.world.size if config.sampling == "shuffled" else None,
+        world_size=trainer.world.size,
     )
 
 

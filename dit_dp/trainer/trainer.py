@@ -75,7 +75,11 @@ class Trainer:
         self.base_sha256 = base_digest(self.runner)
         self.ledger = self._ledger()
         if checkpoint is not None:
-            restore(self, checkpoint)
+            try:
+                restore(self, checkpoint)
+            except BaseException:
+                self._let_go()
+                raise
         self.feed = self._feed()
         self._noise = self._noise_generator()
         self._charged_before = world.shared(0 if self.ledger is None else self.ledger.num_charges)
@@ -243,6 +247,9 @@ class Trainer:
     def close(self) -> None:
         """Let go of files and threads."""
         self.feed.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self.ledger is not None:
             self.ledger.close()
         self.runner.engine.detach()

@@ -3,7 +3,6 @@
 import logging
 import os
 import secrets
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,12 +27,14 @@ class World:
         size: Number of processes.
         device: Where it trains.
         group: Of all processes; `None` if it is alone.
+        control: Of all processes, for numbers on the CPU, so that no device waits for them.
     """
 
     rank: int
     size: int
     device: torch.device
     group: dist.ProcessGroup | None
+    control: dist.ProcessGroup | None = None
 
     @property
     def leads(self) -> bool:
@@ -59,6 +60,14 @@ class World:
             values = values.clone()
             dist.all_reduce(values, group=self.group)
         return values
+
+    def largest(self, number: int) -> int:
+        """Return the largest of the processes' numbers; their devices do not wait for it."""
+        if self.control is None:
+            return number
+        held = torch.tensor(number)
+        dist.all_reduce(held, dist.ReduceOp.MAX, group=self.control)
+        return int(held)
 
     def first(self, make: Callable[[], T]) -> T | None:
         """Have the first process make something; the others go on when it is made.
@@ -104,7 +113,8 @@ def join_world(device: str) -> World:
     torch.optim.SGD([torch.zeros(1)])  # what it imports would hold the group beyond its end, if it were there already
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     place = torch.device(device, local) if device == "cuda" else torch.device(device)
-    return World(rank=rank, size=size, device=place, group=dist.group.WORLD)
+    control = dist.new_group(backend="gloo") if device == "cuda" else dist.group.WORLD
+    return World(rank=rank, size=size, device=place, group=dist.group.WORLD, control=control)
 
 
 def leave_world(world: World) -> None:
@@ -122,10 +132,8 @@ def launch(devices: int, argv: Sequence[str]) -> int:
     """Have torchrun start one process a device with the same arguments.
 
     Returns:
-        The exit code of the first process that failed, which has said why itself; 0: none did.
-
-    Raises:
-        KeyboardInterrupt: At Ctrl-C, once the processes have ended.
+        The exit code of the first process that failed, or a shell's for the signal that ended them; they have said why
+        themselves. 0: none of this.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -138,7 +146,5 @@ def launch(devices: int, argv: Sequence[str]) -> int:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code  # as a shell says it of a signal
     except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from error
         return 128 + int(error.sigval)
     return 0

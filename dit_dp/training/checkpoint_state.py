@@ -84,9 +84,8 @@ class CheckpointState:
         data_sha256: `Images.digest` of the data, or the digest of the partition into sets.
         settings: Further settings that must agree, by name; JSON values.
         privacy: What the accountant must know.
-        world_size: Number of ranks, where a change of it makes another run; `None` where not. Tensors are stored whole,
-            sums and noise are those of one rank, and in Poisson sampling every unit is drawn by itself, so that there
-            it does not matter; it does where fixed batches are dealt out to ranks.
+        world_size: Number of ranks; `None`: it may change. Tensors are stored whole, and sums and noise are those of
+            one rank, so that under Poisson sampling it may; not where fixed batches are dealt out to ranks.
         trainable_only: Whether the weights are only those that some phase trains.
 
     Raises:

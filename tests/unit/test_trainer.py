@@ -17,6 +17,7 @@ from dit_dp.errors import UsageError
 from dit_dp.privacy import Ledger, Mechanism, epsilon
 from dit_dp.trainer.budget import plan_budget
 from dit_dp.trainer.config import TrainConfig
+from dit_dp.trainer.interrupts import STOPS
 from dit_dp.trainer.rates import learning_rate_at
 from dit_dp.trainer.recipes import load_recipe, recipe_names, with_recipe
 from dit_dp.trainer.run import Run, run
@@ -168,6 +169,21 @@ def test_a_run_does_not_go_on_under_other_conditions(tmp_path: Path, name: str) 
     assert Ledger.read(only_run(tmp_path) / "ledger.jsonl").num_charges == 4
 
 
+def test_another_world_is_refused_unless_asked_for(tmp_path: Path) -> None:
+    run(tiny(tmp_path))
+    (state,) = only_run(tmp_path).glob("checkpoints/step-00000004/state.json")
+    assert json.loads(state.read_text())["state"]["world_size"] == 1
+    world = join_world("cpu")
+    two = replace(world, size=2)
+    with pytest.raises(UsageError, match=r"^resume: world_size: 2 here, 1 in the checkpoint; "):
+        Run(tiny(tmp_path, resume="auto", steps=6), two).start()
+    trainer = Run(tiny(tmp_path, resume="auto", steps=6, any_world_size=True), two).start()
+    assert trainer.step == 4
+    trainer.close()
+    with pytest.raises(UsageError, match=r"^any_world_size: got True"):
+        tiny(tmp_path, any_world_size=True, sampling="shuffled")
+
+
 def test_a_budget_that_lost_steps_used_up_ends_the_run(tmp_path: Path) -> None:
     config = tiny(tmp_path, epsilon=3.0, noise_multiplier=None, steps=2, checkpoint_every=1)
     run(config)
@@ -178,14 +194,17 @@ def test_a_budget_that_lost_steps_used_up_ends_the_run(tmp_path: Path) -> None:
     assert (summary["steps"], summary["num_charges"]) == (1, 2)
 
 
-def test_ctrl_c_keeps_the_steps_that_were_paid_for(tmp_path: Path) -> None:
-    config = tiny(tmp_path)
+@pytest.mark.parametrize("number", STOPS)
+def test_a_stopped_run_keeps_the_steps_that_were_paid_for(tmp_path: Path, number: signal.Signals) -> None:
+    config, before = tiny(tmp_path), [signal.getsignal(stop) for stop in STOPS]
     steps = Run(config, join_world("cpu")).steps()
     next(steps)
     next(steps)
-    signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    signal.raise_signal(number)
+    with pytest.raises(KeyboardInterrupt) as stopped:
         next(steps)
+    assert stopped.value.args == (number,)
+    assert [signal.getsignal(stop) for stop in STOPS] == before
     run(replace(config, resume="auto"))
     assert Ledger.read(only_run(tmp_path) / "ledger.jsonl").num_charges == 4  # none twice
 
