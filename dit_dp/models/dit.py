@@ -37,10 +37,11 @@ CONDITION_INITS = ("reference", "unit")
 def randomize_zero_init_(
     model: nn.Module, generator: torch.Generator | None = None, std: float = INIT_STD
 ) -> nn.Module:
-    """Replace every trainable parameter that is exactly zero by small normals, in place.
+    """Replace every parameter that is exactly zero by small normals, in place; frozen ones too.
 
-    A freshly initialised DiT outputs zero and most of its gradients are zero, which tests nothing. The values
-    are drawn on the CPU in float32, so they do not depend on the model's device or dtype.
+    A freshly initialised DiT outputs zero and most of its gradients are zero, which tests nothing; one that is frozen
+    passes none on to an encoder before it. The values are drawn on the CPU in float32, so they do not depend on the
+    model's device or dtype.
 
     Args:
         model: The model to change.
@@ -52,7 +53,7 @@ def randomize_zero_init_(
     """
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad and not bool(parameter.any()):
+            if not bool(parameter.any()):
                 values = torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32)
                 parameter.copy_(std * values)
     return model

@@ -25,6 +25,7 @@ from dit_dp.trainer.data import RunData
 from dit_dp.trainer.feed import Feed
 from dit_dp.trainer.meter import LossMeter
 from dit_dp.trainer.rates import learning_rate_at
+from dit_dp.trainer.reach import warn_of_noise_alone
 from dit_dp.trainer.saving import restore
 from dit_dp.trainer.world import World
 from dit_dp.training import PhaseRunner, make_optimizer, train_step
@@ -71,7 +72,10 @@ class Trainer:
         self.folder, self.step = folder, 0 if checkpoint is None else checkpoint.state.step
         self.objective = build_objective(spec)
         self.losses = LossMeter(self.objective, config.dtype, world.device)
-        self.runner = self._runner(model.to(world.device))
+        model = model.to(world.device)
+        if checkpoint is None and world.leads:
+            warn_of_noise_alone(model, self.objective, spec)
+        self.runner = self._runner(model)
         self.base_sha256 = base_digest(self.runner)
         self.ledger = self._ledger()
         if checkpoint is not None:
