@@ -33,10 +33,13 @@ reference: $(VENV)/.installed
 	mkdir -p results/cpu
 	$(BIN)/memory-test sweep memory_test/sweeps/cpu_small.yaml --output-dir results/cpu --report
 
-# Every system, small, measured: about eight minutes on 2 cores that do nothing else.
+# Every system, small, measured: its memory by part, ten minutes on 2 cores that do nothing else; and `auto` against its
+# ordinary training, in turns on one thread, half an hour.
 workloads: $(VENV)/.installed
-	mkdir -p results/workloads
+	mkdir -p results/workloads results/workloads_auto
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lora]'
 	$(BIN)/memory-test sweep workloads --output-dir results/workloads --report
+	$(BIN)/memory-test compare workloads_auto --output-dir results/workloads_auto
 
 # Every system at its authors' size, predicted for one H100; and what attention takes at panda's 4096 tokens where its
 # matrices are kept. A minute or two.
