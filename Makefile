@@ -41,10 +41,11 @@ workloads: $(VENV)/.installed
 	$(BIN)/memory-test sweep workloads --output-dir results/workloads --report
 	$(BIN)/memory-test compare workloads_auto --output-dir results/workloads_auto
 
-# Every system at its authors' size, predicted for one H100; and what attention takes at panda's 4096 tokens where its
-# matrices are kept. A minute or two.
+# Every system at its authors' size, predicted for one H100; what attention takes at panda's 4096 tokens where its
+# matrices are kept; and what norms cost by either rule. A minute or two.
 systems: $(VENV)/.installed
-	mkdir -p results/systems results/attention
+	mkdir -p results/systems results/attention results/norms
+	$(BIN)/python memory_test/diffusion_profile/norm_rules.py results/norms/record.json
 	for system in dit x2 "x2 --train full" "x2 --model-options x2_fuse_every=1" set \
 	  "set --train encoder_then_full(5000)" ddt panda; do \
 	  for method in vanilla bookkeeping ghost; do \

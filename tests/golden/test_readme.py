@@ -16,7 +16,7 @@ from memory_test.report.systems import naive_attention_bytes, systems_page
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-KINDS = "table|comparison|emulator|workloads|attention|mnist"
+KINDS = "table|comparison|emulator|workloads|attention|norms|mnist"
 MARKED = re.compile(rf"<!-- ({KINDS}): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -28,8 +28,9 @@ def generated(kind: str, folder: Path) -> str:
         return systems_page(load_frame(folder))
     if kind == "attention":
         return attention_line(folder)
-    if kind == "mnist":
-        return mnist_table(json.loads((folder / "record.json").read_text(encoding="utf-8")))
+    if kind in ("norms", "mnist"):
+        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        return norms_page(record) if kind == "norms" else mnist_table(record)
     if kind == "emulator":
         return emulated(json.loads(folder.read_text(encoding="utf-8")))
     comparisons = [load(path) for path in folder.glob("*.json")]
@@ -47,6 +48,35 @@ def attention_line(folder: Path) -> str:
         f"on {config['model']}: {taken / matrix:.2f} matrices of {matrix / 1e6:.0f} MB ({heads} heads x "
         f"{config['num_tokens']}² x 4 B); predicted, float32, on CUDA.\n"
     )
+
+
+def norms_page(record: dict[str, Any]) -> str:
+    """Return what per-example norms cost by either rule, counted and, of two layers, timed."""
+    counted, timed = record["multiply_adds"], record["timed"]
+    lines = [
+        "| system | linear layers that train | ghost | direct | cheaper, by layer |",
+        "| :-- | --: | --: | --: | --: |",
+    ]
+    for system, costs in counted.items():
+        shares = " | ".join(f"{costs[rule] / costs['training']:.3f}" for rule in ("ghost", "direct", "cheaper"))
+        lines.append(f"| {system} | {costs['layers']} | {shares} |")
+
+    def said(system: str) -> str:
+        layer, ratio = timed[system], timed[system]["ghost_over_direct"]
+        shape = f"{layer['width']} → {layer['out_width']}, T = {layer['positions']}"
+        return f"{ratio['median']:.2g} times at `{layer['name']}` ({shape})"
+
+    ddt = counted["ddt"]
+    modulation = ddt["modulation_by_token"]
+    lines += [
+        "",
+        "Multiply-adds of per-example norms over those of the layers' ordinary training. Timed on one thread, ghost "
+        f"norms take, of direct ones' time, {said('panda')} on panda, {said('ddt')} on DDT. The latter is modulation "
+        f"for every token of DDT's head: its {modulation['layers']} layers take "
+        f"{modulation['training'] / ddt['training']:.1%} of the multiply-adds and save "
+        f"{modulation['output_bytes'] / 2**20:.0f} MiB an example, where modulation for an example would save a 256th.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def mnist_table(record: dict[str, Any]) -> str:
