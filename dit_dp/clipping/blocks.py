@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dit_dp.clipping.compiled import outside_graphs
+from dit_dp.clipping.probe import Prober
 from dit_dp.errors import UnsupportedModelError
 
 
@@ -49,11 +50,12 @@ class Owner(Protocol):
     anchor: Tensor
     num_received: int
 
+    @property
+    def prober(self) -> Prober | None:
+        """What runs blocks while there is a trial."""
+
     def inside(self, block: Block) -> contextlib.AbstractContextManager[None]:
         """Say that layers called or back-propagated meanwhile belong to a block."""
-
-    def trial(self, block: Block, leaves: list[Any]) -> contextlib.AbstractContextManager[None] | None:
-        """Return what watches a block's forward while a trial runs, in which blocks are not recomputed."""
 
     def revisit(self, call: "BlockCall") -> None:
         """Take note of a call that was differentiated for norms alone."""
@@ -192,10 +194,8 @@ def install(block: Block, owner: Owner) -> None:
         if not torch.is_grad_enabled():
             return block.forward(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
-        watch = owner.trial(block, leaves)
-        if watch is not None:
-            with watch:
-                return block.forward(*args, **kwargs)
+        if owner.prober is not None:
+            return owner.prober.block(block.name, block.forward, leaves, args, kwargs)
         if block.as_written:
             return block.forward(*args, **kwargs)
         call = BlockCall(block, owner, leaves, spec)

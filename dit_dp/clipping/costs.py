@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from dit_dp.clipping.contributions import Direct, Outer
-from dit_dp.clipping.probe import WeightCall
+from dit_dp.clipping.lives import WeightCall
 
 REPEATS = 3
 """Timed runs of a rule, of which the fastest counts: what else a machine does only adds."""

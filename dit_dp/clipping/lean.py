@@ -25,7 +25,8 @@ from dit_dp.clipping.batch import Batch, LossFn
 from dit_dp.clipping.blocks import Block, BlockCall, find_blocks, refuse_compiled_in_place, stand_in, uninstall
 from dit_dp.clipping.bookkeeping import BookkeepingEngine, BookRule
 from dit_dp.clipping.contributions import Contribution, Direct, Outer
-from dit_dp.clipping.probe import Trial
+from dit_dp.clipping.lives import Trial
+from dit_dp.clipping.probe import Prober
 from dit_dp.clipping.units import Units
 
 
@@ -92,9 +93,10 @@ class LeanEngine(BookkeepingEngine):
         finally:
             self._inside = outer
 
-    def trial(self, block: Block, leaves: list[Any]) -> contextlib.AbstractContextManager[None] | None:
-        """Return what watches a block's forward while a trial runs, in which blocks are not recomputed."""
-        return None if self._prober is None else self._prober.block(block.name, leaves)
+    @property
+    def prober(self) -> Prober | None:
+        """What runs blocks while there is a trial."""
+        return self._prober
 
     def revisit(self, call: BlockCall) -> None:
         """Take note of a call that was differentiated for norms alone."""

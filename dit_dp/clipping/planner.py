@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import accumulate, zip_longest
 from typing import Literal
 
-from dit_dp.clipping.probe import Trial, WeightCall
+from dit_dp.clipping.lives import Trial, WeightCall
 
 NormRule = Literal["ghost", "direct"]
 Cost = Callable[[str, int, WeightCall], float]

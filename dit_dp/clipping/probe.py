@@ -2,80 +2,29 @@
 
 Runs the real forward and backward of the first units of the first batch, without booking anything, under a dispatch
 mode that logs the birth and death of every storage. Trials of one unit and of two tell which sizes grow with the batch.
+Blocks are recomputed, so that a trial takes no more memory than the leanest step, and `unfolded` says what they would
+have held.
 """
 
 import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_early_stop
 
 from dit_dp.clipping.batch import Batch, LossFn, check_losses, map_tensors, num_rows
 from dit_dp.clipping.contributions import Contribution, Direct, Outer
 from dit_dp.clipping.hardware import hardware
+from dit_dp.clipping.lives import Life, Trial, WeightCall
+from dit_dp.clipping.unfolded import Visit, unfolded
 from dit_dp.clipping.units import ROW_TO_UNIT, Units
 from dit_dp.errors import CoupledExamplesError
-
-
-@dataclass
-class Life:
-    """One storage: its bytes, and the instants between which it lived; `dies` is `None` if it outlived the trial."""
-
-    num_bytes: int
-    born: int
-    dies: int | None = None
-
-
-@dataclass(frozen=True)
-class WeightCall:
-    """What one call contributed to one weight with operands (N, T, d) and (N, T, p).
-
-    Attributes:
-        name: The parameter.
-        positions, width, out_width: T, d, p.
-        element_size: Bytes of an operand's element.
-        instant: When it was observed.
-        operands: Indices of the operands' storages in `Trial.lives`; `None` for what is older than the trial.
-    """
-
-    name: str
-    positions: int
-    width: int
-    out_width: int
-    element_size: int
-    instant: int
-    operands: tuple[int | None, int | None]
-
-
-@dataclass
-class Trial:
-    """What a trial saw.
-
-    Attributes:
-        num_units: Units that took part.
-        lives: Storages in order of birth.
-        weights: Calls in the order of the backward.
-        backward: When the backward began.
-        end: Number of instants.
-        windows: (block, begin, end) of each block's forward.
-        leading: Per block, the first dimension of each flat input of its call, `None` where it has none.
-        inputs: Per block, the storages of its inputs that are no older than the trial.
-    """
-
-    num_units: int
-    lives: list[Life] = field(default_factory=list)
-    weights: list[WeightCall] = field(default_factory=list)
-    backward: int = 0
-    end: int = 0
-    windows: list[tuple[str, int, int]] = field(default_factory=list)
-    leading: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
-    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class StorageLog(TorchDispatchMode):  # type: ignore[misc]
@@ -135,7 +84,10 @@ class Prober:
         self._names, self._attached, self._all_agree = names, attached, all_agree
         self._log = StorageLog()
         self._trial = Trial(0)
+        self._visits: list[Visit] = []
+        self._num_calls = 0
         self._alone: int | None = None
+        self._recomputes = True
 
     def run(self, model: nn.Module, loss_fn: LossFn, batch: Batch, units: Units, count: int, *, alone: bool) -> Trial:
         """Take the first `count` units through forward and backward.
@@ -149,11 +101,26 @@ class Prober:
             alone: Differentiate one unit's loss after the other's, instead of all together, and see that nothing
                 reaches anybody else's rows.
 
+        Returns:
+            What was seen, told as if every graph had been kept; of units alone as it was.
+
         Raises:
             CoupledExamplesError: One unit's loss depends on another's rows.
         """
+        for _ in range(2):  # a cache that is filled on the way makes another forward than recomputation
+            try:
+                trial = self._pass(model, loss_fn, batch, units, count, alone=alone)
+            except CheckpointError:  # recomputation saves other tensors than the forward
+                break
+            found = trial if alone else unfolded(trial, self._visits)
+            if found is not None:
+                return found
+        self._recomputes = False
+        return self._pass(model, loss_fn, batch, units, count, alone=alone)
+
+    def _pass(self, model: nn.Module, loss_fn: LossFn, batch: Batch, units: Units, count: int, *, alone: bool) -> Trial:
         part, some = units.take(batch, 0, count)
-        self._log, self._trial = StorageLog(), Trial(count)
+        self._log, self._trial, self._visits = StorageLog(), Trial(count), []
         inputs = _leaves(part) if alone else []
         if alone:
             part = map_tensors(lambda t: t * 1 if t.requires_grad else t, _with(part, inputs))
@@ -262,16 +229,30 @@ class Prober:
                 )
             )
 
-    @contextlib.contextmanager
-    def block(self, name: str, leaves: list[Any]) -> Iterator[None]:
-        """Take note of a block's forward and of its inputs' first dimensions."""
-        dims = tuple(leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves)
-        self._trial.leading[name] = dims
-        found = [self._log.index(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-        self._trial.inputs[name] = tuple(index for index in found if index is not None)
-        begin = self._log.now
-        yield
-        self._trial.windows.append((name, begin, self._log.now))
+    def block(
+        self, name: str, forward: Callable[..., Any], leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a block, whose graph is not kept; take note of when, and of its inputs' first dimensions."""
+        trial, log, visits = self._trial, self._log, self._visits
+        trial.leading[name] = tuple(
+            leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves
+        )
+        found = [log.index(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        trial.inputs[name] = tuple(index for index in found if index is not None)
+        call = self._num_calls = self._num_calls + 1
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            begin = log.now
+            out = forward(*args, **kwargs)
+            if all(visit.call != call for visit in visits):
+                trial.windows.append((name, begin, log.now))
+            visits.append(Visit(call, begin, log.now))
+            return out
+
+        if not self._recomputes:
+            return run(*args, **kwargs)
+        with set_checkpoint_early_stop(False):
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
 
 def _nonzero_rows(part: Contribution) -> Tensor:

@@ -20,7 +20,8 @@ from dit_dp.clipping.compiled import compiling, outside_graphs, uncompiled, walk
 from dit_dp.clipping.contributions import Contribution
 from dit_dp.clipping.engine import Engine, LayerRule
 from dit_dp.clipping.hardware import hardware
-from dit_dp.clipping.probe import Prober, Trial
+from dit_dp.clipping.lives import Trial
+from dit_dp.clipping.probe import Prober
 from dit_dp.clipping.raw import RawParameters, raw_parameters
 from dit_dp.clipping.rules import COUPLED, Rule, rule_for
 from dit_dp.clipping.units import Units, with_zero_units

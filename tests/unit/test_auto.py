@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from dit_dp.clipping import attach
 from dit_dp.clipping.auto import AutoEngine
 from dit_dp.clipping.engine import Engine
+from dit_dp.clipping.lives import Life, Trial
 from dit_dp.clipping.planner import Curve, Step
-from dit_dp.clipping.probe import Life, Trial
 from dit_dp.errors import EngineStateError, UsageError
 from dit_dp.models import DiT
 from dit_dp.objectives import DDPMObjective
