@@ -21,7 +21,7 @@ test: $(VENV)/.installed-test lint
 # Every stated count instead of a seeded sample of them, 500 random cases a method; writes their records. Over an hour on
 # 2 cores.
 test-full: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist worksteal --full-record results tests
+	$(BIN)/python -m pytest -m "full or counted" -n $(TEST_WORKERS) --dist worksteal --full-record results tests
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -225,6 +225,7 @@ def test_every_accountants_call_has_the_limit(monkeypatch: pytest.MonkeyPatch) -
 GOOD: dict[str, Any] = {"target_epsilon": 8.0, "delta": 1e-6, "sample_rate": 0.01, "num_steps": 100}
 
 
+@pytest.mark.counted
 @pytest.mark.timeout(1)
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -258,6 +259,7 @@ def test_values_out_of_range_are_refused_by_name(name: str, value: Any, stated: 
         noise_multiplier(**{**GOOD, name: value})
 
 
+@pytest.mark.counted
 @pytest.mark.timeout(1)
 @pytest.mark.parametrize("sigma", [-1.0, 1e-3, 1e-300, math.nan, math.inf, "1.0", None])
 def test_a_noise_multiplier_out_of_range_is_refused(sigma: Any, stated: Callable[[str, int], None]) -> None:
@@ -268,6 +270,7 @@ def test_a_noise_multiplier_out_of_range_is_refused(sigma: Any, stated: Callable
         steps_within(target_epsilon=1.0, delta=1e-5, noise_multiplier=sigma, sample_rate=0.1)
 
 
+@pytest.mark.counted
 @pytest.mark.timeout(1)
 @pytest.mark.parametrize("accountant", ["gdp", "PLD", ""])
 def test_an_unknown_accountant_is_refused(accountant: Any, stated: Callable[[str, int], None]) -> None:
