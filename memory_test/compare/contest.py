@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from pydantic import TypeAdapter
 
 from dit_dp.clipping.registry import METHODS
@@ -21,6 +22,12 @@ from memory_test.core.units import format_bytes
 from memory_test.sweep.process import Outcome, default_threads, work
 
 Say = Callable[[str], None]
+
+_FRAGMENTED = 1.3
+"""Heap over allocated bytes, about, where nothing is given back."""
+
+_RUNTIME_BYTES = 400 * 2**20
+"""Of torch and its libraries, a process."""
 
 
 @dataclass(kw_only=True)
@@ -80,8 +87,9 @@ def compare(configuration: Configuration, errand: Errand, say: Say) -> schema.Co
     measure_memory(standings, say)
     with tempfile.TemporaryDirectory(prefix="memory-test-oracle-") as folder:
         threshold, oracle_failure = measure_errors(standings, Path(folder), say)
-    measure_time(standings, errand.protocol, say)
     device = errand.environment.device_type
+    keeps = device == "cpu" and have_room(standings)
+    measure_time(standings, errand.protocol, say, keeps_freed_memory=keeps)
     return schema.Comparison(
         schema_version=schema.SCHEMA_VERSION,
         comparison_id=errand.comparison_id,
@@ -90,6 +98,7 @@ def compare(configuration: Configuration, errand: Errand, say: Say) -> schema.Co
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         environment=errand.environment,
         protocol=errand.protocol,
+        keeps_freed_memory=keeps,
         baseline=configuration.baseline.label,
         contenders=[summarise(standing, standings[0], device) for standing in standings],
         max_grad_norm_of_errors=threshold,
@@ -150,13 +159,22 @@ def measure_errors(standings: list[Standing], folder: Path, say: Say) -> tuple[f
     return threshold, failure
 
 
-def measure_time(standings: list[Standing], protocol: schema.Protocol, say: Say) -> None:
+def have_room(standings: list[Standing]) -> bool:
+    """Return whether all contenders' peaks fit into this machine's free memory at once, fragmentation included."""
+    peaks = [s.memory.peak_allocated_bytes or 0 for s in standings if s.memory is not None]
+    return _FRAGMENTED * sum(peaks) + _RUNTIME_BYTES * len(peaks) < psutil.virtual_memory().available
+
+
+def measure_time(
+    standings: list[Standing], protocol: schema.Protocol, say: Say, *, keeps_freed_memory: bool = False
+) -> None:
     """Let those who got so far take turns."""
     present = {s.entrant.label: s for s in standings if s.status == "ok"}
     baseline = standings[0].entrant.label
     if baseline not in present:
         return
-    outcomes = run_rounds({label: s.config for label, s in present.items()}, protocol, say)
+    configs = {label: s.config for label, s in present.items()}
+    outcomes = run_rounds(configs, protocol, say, keeps_freed_memory=keeps_freed_memory)
     for label, standing in present.items():
         answer = standing.take(outcomes[label]) if label in outcomes else None
         if answer is not None:

@@ -10,6 +10,10 @@ from memory_test.core.config import ExperimentConfig
 from memory_test.sweep.process import Outcome, Worker
 from memory_test.sweep.turns import ParentTurns
 
+KEEPS_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""Has glibc keep what a CPU worker frees, as CUDA's caching allocator does. Otherwise it goes back to the operating
+system by thresholds that depend on what was freed before, and the next step pays for zeroed pages: up to a tenth of it."""
+
 
 class Player(Protocol):
     """Who takes turns."""
@@ -25,12 +29,16 @@ class Seat:
         present: Whether the worker waits for a turn.
     """
 
-    def __init__(self, stack: ExitStack, config: ExperimentConfig, protocol: schema.Protocol) -> None:
+    def __init__(
+        self, stack: ExitStack, config: ExperimentConfig, protocol: schema.Protocol, variables: Mapping[str, str]
+    ) -> None:
         self._limit = config.timeout_s
         self._pipes = stack.enter_context(ParentTurns())
         ends = {"token": self._pipes.token, "done": self._pipes.done}
         options = {**ends, "rounds": protocol.rounds, "settle_steps": protocol.settle_steps}
-        self._worker = stack.enter_context(Worker(config, "turns", options, pass_fds=tuple(ends.values())))
+        self._worker = stack.enter_context(
+            Worker(config, "turns", options, pass_fds=tuple(ends.values()), variables=variables)
+        )
         self._pipes.close_worker_ends()
         self.present = self._await()
 
@@ -71,7 +79,11 @@ def take_turns(players: Sequence[Player], num_turns: int, untimed: int) -> None:
 
 
 def run_rounds(
-    configs: Mapping[str, ExperimentConfig], protocol: schema.Protocol, say: Callable[[str], None]
+    configs: Mapping[str, ExperimentConfig],
+    protocol: schema.Protocol,
+    say: Callable[[str], None],
+    *,
+    keeps_freed_memory: bool = False,
 ) -> dict[str, Outcome]:
     """Start a worker for every contender and let them take turns.
 
@@ -79,6 +91,7 @@ def run_rounds(
         configs: By label, the baseline first.
         protocol: Rounds and warm-up.
         say: Told what goes on.
+        keeps_freed_memory: On CPU, whether workers hold on to what they free.
 
     Returns:
         The outcomes by label. If the baseline drops out, the others are stopped and have none, unless they dropped
@@ -88,7 +101,7 @@ def run_rounds(
         seats: dict[str, Seat] = {}
         for label, config in configs.items():
             say(f"{label}: builds")
-            seats[label] = Seat(stack, config, protocol)
+            seats[label] = Seat(stack, config, protocol, KEEPS_FREED_MEMORY if keeps_freed_memory else {})
             if len(seats) == 1 and not seats[label].present:
                 break
         players = [seat for seat in seats.values() if seat.present]

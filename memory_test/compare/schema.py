@@ -95,6 +95,7 @@ class Comparison:
 
     Attributes:
         comparison_id: Hash of everything asked for.
+        keeps_freed_memory: Whether CPU workers held on to what they freed while they were timed.
         name: The configuration's name in its file.
         baseline: Label of the contender that ratios are taken against, which is the first.
         max_grad_norm_of_errors: C at which gradient errors were taken: the median norm, so that about half are clipped.
@@ -114,6 +115,7 @@ class Comparison:
     contenders: list[Contender]
     max_grad_norm_of_errors: float | None = None
     oracle_failure: Failure | None = None
+    keeps_freed_memory: bool = False
 
 
 @cache
