@@ -12,7 +12,7 @@ from memory_test.sweep.turns import ParentTurns
 
 KEEPS_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """Has glibc keep what a CPU worker frees, as CUDA's caching allocator does. Otherwise it goes back to the operating
-system by thresholds that depend on what was freed before, and the next step pays for zeroed pages: up to a tenth of it."""
+system by thresholds that depend on what was freed before, and the next step pays for zeroed pages, up to a tenth."""
 
 
 class Player(Protocol):
