@@ -18,8 +18,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -m "not gpu and not full" -n $(TEST_WORKERS) --dist loadfile
 
-# Every stated count instead of a seeded sample of them, 500 random cases a method; writes their records. Over an hour on
-# 2 cores.
+# Every stated count instead of a seeded sample of them, 500 random cases a method; writes their records when all passed.
+# Over an hour on 2 cores; the same command goes on where it was stopped.
 test-full: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "full or counted" -n $(TEST_WORKERS) --dist worksteal --full-record results tests
 

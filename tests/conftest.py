@@ -20,12 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let the process that leads the run keep the record."""
+    """Let the process that leads the run keep the record, and all leave out what passed."""
     folder: Path | None = config.getoption("--full-record")
-    if folder is not None and not hasattr(config, "workerinput"):
-        from tests.full_record import FullRecord
+    if folder is not None:
+        from tests.full_record import FullRecord, lines_of_this_commit
 
-        config.pluginmanager.register(FullRecord(folder))
+        leads = not hasattr(config, "workerinput")
+        config.pluginmanager.register(FullRecord(folder, lines_of_this_commit(), leads=leads))
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """What `make test-full` leaves: the counts that were stated and run, and what the random cases showed.
 
-A test says with the fixture `stated` what it checks and how often; the process that leads the run adds it up, however
-many workers there are.
+A test says with the fixture `stated` what it checks and how often. The process that leads the run keeps a line for
+every test that ends, however many workers there are; what passed at this commit is not run again, so that a long run can
+be stopped and go on. When all that was asked for has passed, the lines are added up.
 """
 
 import dataclasses
 import datetime
 import json
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from tests.sensitivity.record import Tally, save
 SCHEMA_VERSION = 1
 STATED = "stated"
 TALLY = "tally"
-ROOT = Path(__file__).resolve().parents[1] / "results"
-COUNTS = ROOT / "tests" / "record.json"
+ROOT = Path(__file__).resolve().parents[1]
+COUNTS = ROOT / "results" / "tests" / "record.json"
 """Where the counts are committed."""
 
 
@@ -43,54 +43,93 @@ class Count:
 
 
 class FullRecord:
-    """A pytest plugin that writes both records at the end of a run."""
+    """A pytest plugin that keeps what tests say, leaves out those that passed, and writes both records at the end.
 
-    def __init__(self, folder: Path) -> None:
-        """Write into this folder; it is made."""
-        self.folder = folder
-        self.counts: dict[str, Count] = {}
-        self.outcomes: Counter[str] = Counter()
-        self.tally, self.num_cases, self.methods = Tally(), 0, ()
-        self.began = time.monotonic()
+    Args:
+        folder: Of the records; made.
+        lines: File of what ended so far at this commit; made.
+        leads: Whether this process leads the run; workers only leave tests out.
+    """
+
+    def __init__(self, folder: Path, lines: Path, *, leads: bool = True) -> None:
+        self.folder, self.lines, self.leads = folder, lines, leads
+        lines.parent.mkdir(parents=True, exist_ok=True)
+        self._ended = self._read()
+        self._wanted: set[str] = set()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        """Return the last line of each test."""
+        if not self.lines.exists():
+            return {}
+        found = (json.loads(line) for line in self.lines.read_text(encoding="utf-8").splitlines())
+        return {line["test"]: line for line in found}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leave out what passed; every worker sees the same, since nothing runs before all have collected."""
+        passed = {test for test, line in self._ended.items() if line["outcome"] == "passed"}
+        done = [item for item in items if item.nodeid in passed]
+        items[:] = [item for item in items if item.nodeid not in passed]
+        config.hook.pytest_deselected(items=done)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take what a test states; a failed fixture is a failed test."""
-        if report.when != "call" and report.passed:
+        """Keep what a test says; a failed fixture is a failed test."""
+        if not self.leads or (report.when != "call" and report.passed):
             return
-        self.outcomes[report.outcome] += 1
-        for name, value in report.user_properties:
-            if name == STATED:
-                assert isinstance(value, list | tuple)
-                self._add(report, *value)
-            elif name == TALLY:
-                assert isinstance(value, dict)
-                self.num_cases += value["num_cases"]
-                self.methods = tuple(value["methods"])
-                self.tally.merge(value["found"])
+        line = {
+            "test": report.nodeid,
+            "outcome": report.outcome,
+            "seconds": report.duration,
+            "said": [[name, value] for name, value in report.user_properties if name in (STATED, TALLY)],
+        }
+        self._ended[report.nodeid] = line
+        with self.lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
-    def _add(self, report: pytest.TestReport, what: str, number: int) -> None:
-        count = self.counts.setdefault(what, Count())
-        test = report.nodeid.partition("[")[0]
-        if test not in count.tests:
-            count.tests = sorted([*count.tests, test])
-        if report.passed:
-            count.passed += number
-        else:
-            count.failed += number
-        count.seconds = round(count.seconds + report.duration, 1)
-
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the records; of the random cases only where there were any."""
+        if not self.leads or session.exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            return
+        self.write()
+        session.exitstatus = pytest.ExitCode.OK
+
+    def write(self) -> None:
+        """Add the lines up and write the records."""
+        counts: dict[str, Count] = {}
+        tally, num_cases, methods = Tally(), 0, ()
+        for line in self._ended.values():
+            for name, value in line["said"]:
+                if name == STATED:
+                    _add(counts.setdefault(value[0], Count()), line, value[1])
+                else:
+                    num_cases, methods = num_cases + value["num_cases"], tuple(value["methods"])
+                    tally.merge(value["found"])
         record: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "environment": dataclasses.asdict(environment.capture("cpu")),
-            "seconds": round(time.monotonic() - self.began),
-            "tests": dict(sorted(self.outcomes.items())),
-            "counts": {what: dataclasses.asdict(count) for what, count in sorted(self.counts.items())},
+            "seconds": round(sum(line["seconds"] for line in self._ended.values())),
+            "tests": dict(sorted(Counter(line["outcome"] for line in self._ended.values()).items())),
+            "counts": {what: dataclasses.asdict(count) for what, count in sorted(counts.items())},
         }
-        path = self.folder / COUNTS.relative_to(ROOT)
+        path = self.folder / "tests" / "record.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         store.write_text(path, json.dumps(record, indent=1) + "\n")
-        if self.num_cases:
-            save(self.tally.record(0, self.num_cases, self.methods), self.folder / "sensitivity" / "record.json")
+        if num_cases:
+            save(tally.record(0, num_cases, methods), self.folder / "sensitivity" / "record.json")
+
+
+def lines_of_this_commit() -> Path:
+    """Return the file of what ended so far, by commit; of changed sources one for itself."""
+    here = environment.capture("cpu")
+    return ROOT / "build" / "test-full" / f"{here.commit or 'unknown'}{'-changed' if here.dirty else ''}.jsonl"
+
+
+def _add(count: Count, line: dict[str, Any], number: int) -> None:
+    test = line["test"].partition("[")[0]
+    count.tests = sorted({*count.tests, test})
+    if line["outcome"] == "passed":
+        count.passed += number
+    else:
+        count.failed += number
+    count.seconds = round(count.seconds + line["seconds"], 1)

@@ -50,6 +50,7 @@ def test_the_lower_bound_is_below_the_claim_unless_broken(run: Run, seed: int) -
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 def test_the_lower_bound_is_below_the_claim_unless_broken_for_every_seed(stated: Callable[[str, int], None]) -> None:
     stated("audited runs, each whole and broken in three ways", len(FULL_SEEDS) * len(RUNS))
     for seed in FULL_SEEDS:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 
@@ -36,14 +36,24 @@ def report(
     )
 
 
+def ended(folder: Path, *reports: pytest.TestReport) -> FullRecord:
+    """Return the record of a run that goes on with what is in the folder."""
+    record = FullRecord(folder, folder / "lines" / "commit.jsonl")
+    for one in reports:
+        record.pytest_runtest_logreport(one)
+    record.write()
+    return record
+
+
 def test_counts_of_workers_are_added_up(tmp_path: Path) -> None:
-    record = FullRecord(tmp_path)
-    record.pytest_runtest_logreport(report("a.py::one[0]", "passed", "setup"))
-    record.pytest_runtest_logreport(report("a.py::one[0]", "passed", stated=["kills", 5]))
-    record.pytest_runtest_logreport(report("a.py::one[1]", "passed", stated=["kills", 5]))
-    record.pytest_runtest_logreport(report("a.py::two", "failed", stated=["kills", 7]))
-    record.pytest_runtest_logreport(report("a.py::three", "failed", "setup"))
-    record.pytest_sessionfinish()
+    ended(
+        tmp_path,
+        report("a.py::one[0]", "passed", "setup"),
+        report("a.py::one[0]", "passed", stated=["kills", 5]),
+        report("a.py::one[1]", "passed", stated=["kills", 5]),
+        report("a.py::two", "failed", stated=["kills", 7]),
+        report("a.py::three", "failed", "setup"),
+    )
     written = json.loads((tmp_path / "tests" / "record.json").read_text())
     assert written["tests"] == {"failed": 2, "passed": 2}
     assert written["counts"] == {
@@ -52,13 +62,40 @@ def test_counts_of_workers_are_added_up(tmp_path: Path) -> None:
     assert not (tmp_path / "sensitivity").exists()
 
 
+class Item:
+    def __init__(self, nodeid: str) -> None:
+        self.nodeid = nodeid
+
+
+class Config:
+    class hook:
+        left_out: ClassVar[list[str]] = []
+
+        @classmethod
+        def pytest_deselected(cls, items: list[Item]) -> None:
+            cls.left_out += [item.nodeid for item in items]
+
+
+def test_a_run_goes_on_with_what_did_not_pass(tmp_path: Path) -> None:
+    ended(
+        tmp_path, report("a.py::one", "passed", stated=["kills", 5]), report("a.py::two", "failed", stated=["kills", 7])
+    )
+    again, items = ended(tmp_path), [Item("a.py::one"), Item("a.py::two"), Item("a.py::three")]
+    again.pytest_collection_modifyitems(Config(), items)  # type: ignore[arg-type]
+    assert [item.nodeid for item in items] == ["a.py::two", "a.py::three"]
+    assert Config.hook.left_out == ["a.py::one"]
+    ended(tmp_path, report("a.py::two", "passed", stated=["kills", 7]))
+    written = json.loads((tmp_path / "tests" / "record.json").read_text())
+    assert written["tests"] == {"passed": 2}
+    assert (written["counts"]["kills"]["passed"], written["counts"]["kills"]["failed"]) == (12, 0)
+
+
 def test_random_cases_of_workers_are_put_together(tmp_path: Path) -> None:
-    record = FullRecord(tmp_path)
+    said = []
     for margin, failures in ((0.25, []), (0.5, ["seed 3"])):
         found = {"margins": {"ghost": {"noise": margin}}, "failures": failures, "kinds": {"attention": 2}}
-        said = {"num_cases": 20, "methods": ["ghost"], "found": found}
-        record.pytest_runtest_logreport(report("a.py::one", "passed", tally=said))
-    record.pytest_sessionfinish()
+        said.append({"num_cases": 20, "methods": ["ghost"], "found": found})
+    ended(tmp_path, *(report(f"a.py::one[{n}]", "passed", tally=value) for n, value in enumerate(said)))
     written = json.loads((tmp_path / "sensitivity" / "record.json").read_text())
     assert (written["num_cases"], written["methods"], written["failures"]) == (40, ["ghost"], ["seed 3"])
     assert written["worst_margins"] == {"ghost": {"noise": 0.5}}
