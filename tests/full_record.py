@@ -1,8 +1,8 @@
 """What `make test-full` leaves: the counts that were stated and run, and what the random cases showed.
 
 A test says with the fixture `stated` what it checks and how often. The process that leads the run keeps a line for
-every test that ends, however many workers there are; what passed at this commit is not run again, so that a long run can
-be stopped and go on. When all that was asked for has passed, the lines are added up.
+every test that ends, however many workers there are; what passed at this commit is not run again, so that a long run
+can be stopped and go on. When all that was asked for has passed, the lines are added up.
 """
 
 import dataclasses
