@@ -117,6 +117,9 @@ def _errand(suite: Suite, configuration: Configuration, environment: Environment
         rounds=suite.rounds,
         untimed_rounds=untimed_turns(baseline.warmup),
         settle_steps=(1 if device == "cuda" else 0) if settle is None else settle,
+        clock="processor"
+        if device == "cpu" and all(e.config.num_threads == 1 for e in configuration.entrants)
+        else "wall",
     )
     threads = default_threads()
     asked = [

@@ -35,7 +35,12 @@ class Seat:
         self._limit = config.timeout_s
         self._pipes = stack.enter_context(ParentTurns())
         ends = {"token": self._pipes.token, "done": self._pipes.done}
-        options = {**ends, "rounds": protocol.rounds, "settle_steps": protocol.settle_steps}
+        options = {
+            **ends,
+            "rounds": protocol.rounds,
+            "settle_steps": protocol.settle_steps,
+            "of_processor": protocol.clock == "processor",
+        }
         self._worker = stack.enter_context(
             Worker(config, "turns", options, pass_fds=tuple(ends.values()), variables=variables)
         )

@@ -35,6 +35,8 @@ class Protocol:
         rounds: Timed rounds; in round r the order of contenders is rotated by r.
         untimed_rounds: Rounds before them, whose times are not kept.
         settle_steps: Untimed steps at the start of every turn, after which memory given back is cached again.
+        clock: ``processor``: seconds that a contender's one thread had a core, so that waiting for one is no part;
+            ``wall``: seconds that went by.
     """
 
     __pydantic_config__ = STRICT
@@ -42,6 +44,7 @@ class Protocol:
     rounds: int
     untimed_rounds: int
     settle_steps: int
+    clock: Literal["wall", "processor"] = "wall"
 
 
 @dataclass(frozen=True, kw_only=True)

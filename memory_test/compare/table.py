@@ -110,7 +110,8 @@ def protocol_line(comparison: Comparison) -> str:
     protocol = comparison.protocol
     settle = f" Untimed steps at the start of every turn: {protocol.settle_steps}." if protocol.settle_steps else ""
     threshold = comparison.max_grad_norm_of_errors
-    kept = " What a process frees stays with it." if comparison.keeps_freed_memory else ""
+    kept = " Times are of the core: waiting for one is no part of them." if protocol.clock == "processor" else ""
+    kept += " What a process frees stays with it." if comparison.keeps_freed_memory else ""
     errors = f" Gradient errors at C = {threshold:.4g}." if threshold is not None else ""
     return (
         f"Every contender in a process of its own; {protocol.rounds} rounds of one step each in rotated order, one "

@@ -68,7 +68,12 @@ def measure_memory(resolved: dict[str, Any], on_progress: Callable[[str], None])
 
 
 def time_steps(
-    resolved: dict[str, Any], on_progress: Callable[[str], None], timed: range, gate: Gate | None = None
+    resolved: dict[str, Any],
+    on_progress: Callable[[str], None],
+    timed: range,
+    gate: Gate | None = None,
+    *,
+    of_processor: bool = False,
 ) -> tuple[Times, dict[str, Any]]:
     """Run the loop under a clock.
 
@@ -77,12 +82,13 @@ def time_steps(
         on_progress: As for `measure`.
         timed: Numbers of the steps that count; the loop ends with the last.
         gate: As for `run_loop`.
+        of_processor: As for `Clock`.
 
     Returns:
         The times of all steps, drawing the input left out, and what was chosen automatically.
     """
     torch.set_num_threads(resolved["num_threads"])
-    clock = Clock(resolved["device"], rss_step=timed[0] - 1)
+    clock = Clock(resolved["device"], rss_step=timed[0] - 1, of_processor=of_processor)
     choices = run_loop(resolved, clock, timed[-1], lambda phase: on_progress(f"timing: {phase}"), gate)
     return clock.read(), choices
 

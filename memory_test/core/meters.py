@@ -50,10 +50,16 @@ class Meter(ABC):
 
 
 class Clock(Meter):
-    """Times phases: CUDA events on CUDA, a monotonic clock elsewhere. Nothing is synchronised before `read`."""
+    """Times phases: CUDA events on CUDA, a monotonic clock elsewhere. Nothing is synchronised before `read`.
 
-    def __init__(self, device: str, rss_step: int = 1) -> None:
-        self._cuda = device == "cuda"
+    Args:
+        device: ``cuda`` or ``cpu``.
+        rss_step: Step in which the resident set is noted.
+        of_processor: On CPU, time that this process had a core, all its threads together; else time that went by.
+    """
+
+    def __init__(self, device: str, rss_step: int = 1, *, of_processor: bool = False) -> None:
+        self._cuda, self._now = device == "cuda", time.process_time if of_processor else time.perf_counter
         self._marks: list[tuple[int, str, Any]] = []
         self._rss_step = rss_step
         self._rss: dict[str, int] = {}
@@ -68,7 +74,7 @@ class Clock(Meter):
             event.record()
             self._marks.append((step, phase, event))
         else:
-            self._marks.append((step, phase, time.perf_counter()))
+            self._marks.append((step, phase, self._now()))
 
     def hold(self, holdings: Holdings) -> None:
         """Keep nothing: what `holdings` reaches must be gone when the memory pass begins."""

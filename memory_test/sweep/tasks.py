@@ -34,7 +34,16 @@ def memory(resolved: dict[str, Any], say: Say, *, memory_fraction: float | None 
     return _repeat_answer(measuring.measure_memory(resolved, say))
 
 
-def turns(resolved: dict[str, Any], say: Say, *, token: int, done: int, rounds: int, settle_steps: int) -> Answer:
+def turns(
+    resolved: dict[str, Any],
+    say: Say,
+    *,
+    token: int,
+    done: int,
+    rounds: int,
+    settle_steps: int,
+    of_processor: bool = False,
+) -> Answer:
     """Take steps in turns with other workers; see `memory_test.sweep.turns`.
 
     Args:
@@ -44,12 +53,13 @@ def turns(resolved: dict[str, Any], say: Say, *, token: int, done: int, rounds: 
         done: File descriptor to which the end of a turn is written.
         rounds: Timed turns.
         settle_steps: Steps of every turn before the one that counts.
+        of_processor: Time what a core did, not what went by.
     """
     each = settle_steps + 1
     untimed = untimed_turns(resolved["warmup"])
     gate = WorkerTurns(token, done, each, lambda: measuring.release(resolved["device"]))
     timed = range((untimed + 1) * each, (untimed + rounds) * each + 1, each)
-    times, choices = measuring.time_steps(resolved, say, timed, gate)
+    times, choices = measuring.time_steps(resolved, say, timed, gate, of_processor=of_processor)
     noise = times.phases.get("noise", {})
     return {
         "step_times_s": [times.steps[step] for step in timed],
