@@ -42,9 +42,9 @@ workloads: $(VENV)/.installed
 	$(BIN)/memory-test compare workloads_auto --output-dir results/workloads_auto
 
 # Every system at its authors' size, predicted for one H100; what attention takes at panda's 4096 tokens where its
-# matrices are kept; and what norms cost by either rule. A minute or two.
+# matrices are kept; what norms cost by either rule; and one image of 16,384 tokens. A minute or two.
 systems: $(VENV)/.installed
-	mkdir -p results/systems results/attention results/norms
+	mkdir -p results/systems results/attention results/norms results/pixels
 	$(BIN)/python memory_test/diffusion_profile/norm_rules.py results/norms/record.json
 	for system in dit x2 "x2 --train full" "x2 --model-options x2_fuse_every=1" set \
 	  "set --train encoder_then_full(5000)" ddt panda; do \
@@ -57,6 +57,10 @@ systems: $(VENV)/.installed
 	for kernel in math efficient; do \
 	  $(BIN)/memory-test predict --workload panda --experiment vanilla --batch-size 2 \
 	    --gpu custom:memory=80,attention=$$kernel --output results/attention/$$kernel.json || exit 1; \
+	done
+	for method in vanilla lean; do \
+	  $(BIN)/memory-test predict --experiment $$method --image-size 256 --in-channels 3 --batch-size 1 \
+	    --output results/pixels/$$method.json || exit 1; \
 	done
 
 # The clipping engine against ordinary training and Opacus, in turns on one thread; finished configurations are kept.

@@ -10,13 +10,14 @@ import pytest
 from memory_test.compare.schema import load
 from memory_test.compare.table import summary
 from memory_test.core import store
+from memory_test.core.units import format_bytes
 from memory_test.report.frames import load_frame
 from memory_test.report.markdown import excerpt
 from memory_test.report.systems import naive_attention_bytes, systems_page
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-KINDS = "table|comparison|emulator|workloads|attention|norms|mnist"
+KINDS = "table|comparison|emulator|workloads|attention|pixels|norms|mnist"
 MARKED = re.compile(rf"<!-- ({KINDS}): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -28,6 +29,8 @@ def generated(kind: str, folder: Path) -> str:
         return systems_page(load_frame(folder))
     if kind == "attention":
         return attention_line(folder)
+    if kind == "pixels":
+        return pixels_line(folder)
     if kind in ("norms", "mnist"):
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
         return norms_page(record) if kind == "norms" else mnist_table(record)
@@ -47,6 +50,27 @@ def attention_line(folder: Path) -> str:
         f"Attention that keeps its matrices takes {taken / 1e6:.0f} MB more by example and layer than a fused kernel "
         f"on {config['model']}: {taken / matrix:.2f} matrices of {matrix / 1e6:.0f} MB ({heads} heads x "
         f"{config['num_tokens']}² x 4 B); predicted, float32, on CUDA.\n"
+    )
+
+
+def pixels_line(folder: Path) -> str:
+    """Return what predictions say of one image of many tokens."""
+    records = {method: store.load(folder / f"{method}.json") for method in ("vanilla", "lean")}
+    held: dict[str, tuple[int, int, int]] = {}
+    for method, record in records.items():
+        (repeat,) = record.repeats
+        assert repeat.peak_allocated_bytes is not None
+        assert repeat.first_step_peak_allocated_bytes is not None
+        fixed = sum(repeat.breakdown_bytes[name] for name in ("parameters", "gradients", "optimizer_state"))
+        peak = repeat.peak_allocated_bytes
+        held[method] = peak, peak - fixed, repeat.first_step_peak_allocated_bytes
+    config = records["vanilla"].config_resolved
+    (whole, ordinary, _), (peak, rest, first) = held["vanilla"], held["lean"]
+    return (
+        f"One image of {config['num_tokens']:,} tokens on {config['model']} ({config['in_channels']} channels, float32; "
+        f"predicted):\nordinary training peaks at {format_bytes(whole)}, {format_bytes(ordinary)} of it beyond "
+        f"parameters, gradients and optimizer\nstate; `lean` at {format_bytes(peak)}, {format_bytes(rest)} beyond them: "
+        f"{rest / ordinary:.2f} of ordinary training's. Its first step, with trials,\npeaks at {format_bytes(first)}.\n"
     )
 
 
