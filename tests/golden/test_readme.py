@@ -66,11 +66,13 @@ def pixels_line(folder: Path) -> str:
         held[method] = peak, peak - fixed, repeat.first_step_peak_allocated_bytes
     config = records["vanilla"].config_resolved
     (whole, ordinary, _), (peak, rest, first) = held["vanilla"], held["lean"]
+    what = f"{config['model']} ({config['in_channels']} channels, float32; predicted)"
+    share = f"{rest / ordinary:.2f} of ordinary training's"
     return (
-        f"One image of {config['num_tokens']:,} tokens on {config['model']} ({config['in_channels']} channels, float32; "
-        f"predicted):\nordinary training peaks at {format_bytes(whole)}, {format_bytes(ordinary)} of it beyond "
-        f"parameters, gradients and optimizer\nstate; `lean` at {format_bytes(peak)}, {format_bytes(rest)} beyond them: "
-        f"{rest / ordinary:.2f} of ordinary training's. Its first step, with trials,\npeaks at {format_bytes(first)}.\n"
+        f"One image of {config['num_tokens']:,} tokens on {what}:\n"
+        f"ordinary training peaks at {format_bytes(whole)}, {format_bytes(ordinary)} of it beyond parameters, "
+        f"gradients and optimizer\nstate; `lean` at {format_bytes(peak)}, {format_bytes(rest)} beyond them: {share}. "
+        f"Its first step, with trials,\npeaks at {format_bytes(first)}.\n"
     )
 
 
