@@ -29,7 +29,7 @@ def train(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(3 * TIMEOUT_S)
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_two_processes_end_after_one_step(tmp_path: Path, stop: signal.Signals) -> None:
     # slow enough to be stopped on the way: a grid of samples after every step
     slow = ["--num-samples", "16", "--sample-every", "1", "--devices", "2"]
