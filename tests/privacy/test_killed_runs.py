@@ -48,8 +48,7 @@ def kill_at(process: "subprocess.Popen[bytes]", witness: Path, lines: int, extra
 def check(folder: Path, witness: Path) -> None:
     lines = told(witness)
     digests = Counter(line["digest"] for line in lines if line["kind"] == "noise")
-    assert digests
-    assert max(digests.values()) == 1  # no noise vector twice
+    assert max(digests.values(), default=1) == 1  # no noise vector twice
     samples = [line["units"] for line in lines if line["kind"] == "sample"]
     for units in samples:
         assert isinstance(units, list)
@@ -82,6 +81,7 @@ def killed_and_resumed(tmp_path: Path, kills: int, chance: random.Random) -> Non
             check(folder, witness)
     finish(folder, witness)
     check(folder, witness)
+    assert sum(line["kind"] == "noise" for line in told(witness)) >= STEPS
 
 
 def test_killed_runs_go_on_and_pay(tmp_path: Path) -> None:
