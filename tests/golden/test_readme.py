@@ -17,7 +17,7 @@ from memory_test.report.systems import naive_attention_bytes, systems_page
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-KINDS = "table|comparison|emulator|workloads|attention|pixels|norms|mnist"
+KINDS = "table|comparison|emulator|workloads|attention|pixels|norms|counts|mnist"
 MARKED = re.compile(rf"<!-- ({KINDS}): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -31,9 +31,8 @@ def generated(kind: str, folder: Path) -> str:
         return attention_line(folder)
     if kind == "pixels":
         return pixels_line(folder)
-    if kind in ("norms", "mnist"):
-        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-        return norms_page(record) if kind == "norms" else mnist_table(record)
+    if kind in PAGES:
+        return PAGES[kind](json.loads((folder / "record.json").read_text(encoding="utf-8")))
     if kind == "emulator":
         return emulated(json.loads(folder.read_text(encoding="utf-8")))
     comparisons = [load(path) for path in folder.glob("*.json")]
@@ -150,6 +149,17 @@ def emulated(record: dict[str, Any]) -> str:
         f"{2 * summary['count']} results are of an earlier commit).",
     ]
     return "\n".join(lines) + "\n"
+
+
+def counts_line(record: dict[str, Any]) -> str:
+    """Return what a full run of the tests checked, and how often."""
+    counts = "; ".join(f"{count['passed']} {what}" for what, count in record["counts"].items())
+    commit = record["environment"]["commit"][:12]
+    return f"Checked by `make test-full` ([record](results/tests/record.json), commit {commit}): {counts}.\n"
+
+
+PAGES = {"norms": norms_page, "mnist": mnist_table, "counts": counts_line}
+"""Kinds whose folder holds one ``record.json``."""
 
 
 def test_tables_come_from_the_committed_records(refresh_golden: bool) -> None:
