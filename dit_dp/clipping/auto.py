@@ -45,6 +45,7 @@ class AutoEngine(LeanEngine):
     """
 
     method: ClassVar[str] = "auto"
+    unfolds_trials: ClassVar[bool] = True
 
     def __init__(
         self,

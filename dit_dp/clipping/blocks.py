@@ -67,6 +67,7 @@ class BlockCall:
     def __init__(self, block: Block, owner: Owner, leaves: list[Any], spec: TreeSpec) -> None:
         self.block, self.owner, self.spec = block, owner, spec
         self.leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._versions = self._versions_now()
         self.differentiable = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
         self.gradients: tuple[Tensor | None, ...] = ()
         self.out_spec: TreeSpec | None = None
@@ -78,6 +79,9 @@ class BlockCall:
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
         ]
         self._random = (torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self._devices])
+
+    def _versions_now(self) -> list[int | None]:
+        return [leaf._version if isinstance(leaf, Tensor) else None for leaf in self.leaves]
 
     def run(self, leaves: list[Any]) -> list[Any]:
         """Run the module's own forward; return its outputs as a flat list."""
@@ -100,7 +104,16 @@ class BlockCall:
             return leaves, self.run(leaves)
 
     def run_again(self, *, with_inputs: bool) -> tuple[list[Any], list[Any]]:
-        """Do the same in the state of random numbers and autocast in which it first ran."""
+        """Do the same in the state of random numbers and autocast in which it first ran.
+
+        Raises:
+            UnsupportedModelError: An input was changed in place since: it would run on other numbers.
+        """
+        if self._versions_now() != self._versions:
+            raise UnsupportedModelError(
+                f"model: an input of block {self.block.name} is changed in place after the call, so it cannot be "
+                f"recomputed; make a new tensor there, such as x = x + h for x += h"
+            )
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(self._devices))
             torch.set_rng_state(self._random[0])

@@ -7,16 +7,18 @@ have held.
 """
 
 import contextlib
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from dit_dp.clipping.batch import Batch, LossFn, check_losses, map_tensors, num_rows
 from dit_dp.clipping.contributions import Contribution, Direct, Outer
@@ -24,7 +26,9 @@ from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.lives import Life, Trial, WeightCall
 from dit_dp.clipping.unfolded import Visit, unfolded
 from dit_dp.clipping.units import ROW_TO_UNIT, Units
-from dit_dp.errors import CoupledExamplesError
+from dit_dp.errors import CoupledExamplesError, UsageError
+
+log = logging.getLogger(__name__)
 
 
 class StorageLog(TorchDispatchMode):  # type: ignore[misc]
@@ -73,6 +77,7 @@ class Prober:
         names: Name of each parameter.
         attached: Called with the prober, or `None`, to make layers report to it, or no more.
         all_agree: Returns whether what is given is true on every rank: those that run in step make the same passes.
+        unfolds: Whether what kept graphs would have held is wanted.
     """
 
     def __init__(
@@ -80,6 +85,8 @@ class Prober:
         names: dict[nn.Parameter, str],
         attached: "Callable[[Prober | None], None]",
         all_agree: Callable[[bool], bool],
+        *,
+        unfolds: bool = False,
     ) -> None:
         self._names, self._attached, self._all_agree = names, attached, all_agree
         self._log = StorageLog()
@@ -87,7 +94,7 @@ class Prober:
         self._visits: list[Visit] = []
         self._num_calls = 0
         self._alone: int | None = None
-        self._recomputes = True
+        self._recomputes, self._unfolds = True, unfolds
 
     def run(self, model: nn.Module, loss_fn: LossFn, batch: Batch, units: Units, count: int, *, alone: bool) -> Trial:
         """Take the first `count` units through forward and backward.
@@ -102,7 +109,7 @@ class Prober:
                 reaches anybody else's rows.
 
         Returns:
-            What was seen, told as if every graph had been kept; of units alone as it was.
+            What was seen, told as if every graph had been kept if that is wanted; of units alone as it was.
 
         Raises:
             CoupledExamplesError: One unit's loss depends on another's rows.
@@ -110,11 +117,14 @@ class Prober:
         for _ in range(2):  # a cache that is filled on the way makes another forward than recomputation
             try:
                 trial = self._pass(model, loss_fn, batch, units, count, alone=alone)
-            except CheckpointError:  # recomputation saves other tensors than the forward
+            except (UsageError, torch.OutOfMemoryError):
+                raise
+            except RuntimeError:  # a block that cannot be recomputed, such as one whose input is changed in place later
                 break
-            found = trial if alone else unfolded(trial, self._visits)
+            found = unfolded(trial, self._visits) if self._unfolds and not alone else trial
             if found is not None:
                 return found
+        log.info("trial: blocks keep their graphs, since recomputing them is not the same again")
         self._recomputes = False
         return self._pass(model, loss_fn, batch, units, count, alone=alone)
 
@@ -249,10 +259,16 @@ class Prober:
             visits.append(Visit(call, begin, log.now))
             return out
 
-        if not self._recomputes:
+        if not self._recomputes or _in_checkpoint():
             return run(*args, **kwargs)
         with set_checkpoint_early_stop(False):
-            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+            return checkpoint(partial(run, **kwargs), *args, use_reentrant=False)
+
+
+def _in_checkpoint() -> bool:
+    """Return whether the model does not keep the graph here by itself: it checkpoints, or recomputes what it did."""
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return hooked or torch._C._current_graph_task_id() != -1
 
 
 def _nonzero_rows(part: Contribution) -> Tensor:

@@ -93,6 +93,8 @@ class WatchedEngine(Engine):
     method: ClassVar[str]
     walks_twice: ClassVar[bool] = False
     """Whether the graph is walked once for the norms and once more for the sum."""
+    unfolds_trials: ClassVar[bool] = False
+    """Whether plans are made from trials, which then say what kept graphs would have held."""
 
     def _attach(self) -> None:
         self._prober: Prober | None = None
@@ -192,7 +194,7 @@ class WatchedEngine(Engine):
         def report_to(prober: Prober | None) -> None:
             self._prober = prober
 
-        return Prober(self._names, report_to, self.ranks.all_agree)
+        return Prober(self._names, report_to, self.ranks.all_agree, unfolds=self.unfolds_trials)
 
     @classmethod
     @abstractmethod

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -10,27 +11,35 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 """A user's Ctrl-C, and how schedulers and torchrun end a process."""
 
 
+INSISTS_S = 5.0
+"""Seconds after the first signal from which on another one, to one of several processes, is meant."""
+
+
 @contextlib.contextmanager
 def waiting(*, alone: bool) -> Iterator[Callable[[], int]]:
-    """Have the first signal of `STOPS` wait until it is asked for.
+    """Have the first signal of `STOPS` wait until it is asked for; another one stops the process as ever.
 
     Args:
-        alone: Whether this is the only process; then the second signal stops it as ever. Of several each may get one
-            from the terminal and one from torchrun, which kills those that take longer than 30 seconds.
+        alone: Whether this is the only process. Of several each may get one signal from the terminal and one from
+            torchrun at once: only one that comes `INSISTS_S` later counts.
 
     Yields:
         The signal that came; 0: none.
     """
-    came = 0
+    came, first_at = 0, 0.0
     if threading.current_thread() is not threading.main_thread():
         yield lambda: came
         return
 
     def take_note(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = number
-        if alone:
+        nonlocal came, first_at
+        if came and time.monotonic() - first_at > INSISTS_S:
             restore()
+            signal.raise_signal(number)
+        if not came:
+            came, first_at = number, time.monotonic()
+            if alone:
+                restore()
 
     def restore() -> None:
         for number, handler in before.items():

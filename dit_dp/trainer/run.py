@@ -99,7 +99,8 @@ class Run:
                     times.append(time.perf_counter() - last)
                     progress.advance(step, self._after(trainer, step))
                     yield step
-                    if number := self.world.largest(stopped()):
+                    number = self.world.largest(stopped())
+                    if number and trainer.step < trainer.budget.num_steps:
                         save(trainer)
                         raise KeyboardInterrupt(number) if self.world.leads else SystemExit(128 + number)
                     last = time.perf_counter()

@@ -130,6 +130,8 @@ class CheckpointState:
         """
         ours, theirs = _compared(here), _compared(self)
         names = [name for name in {**ours, **theirs} if ours.get(name, _ABSENT) != theirs.get(name, _ABSENT)]
+        if self.world_size is None and "world_size" in names:
+            names.remove("world_size")
         if names:
             found = [f"{name}: {_shown(ours, name)} here, {_shown(theirs, name)} in the checkpoint" for name in names]
             found[_MOST:] = [f"and {len(names) - _MOST} more"] if len(names) > _MOST else []
