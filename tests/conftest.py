@@ -23,10 +23,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let the process that leads the run keep the record, and all leave out what passed."""
     folder: Path | None = config.getoption("--full-record")
     if folder is not None:
-        from tests.full_record import FullRecord, lines_of_this_commit
+        if config.option.keyword:
+            raise pytest.UsageError(
+                "--full-record: got -k; accepted: none, a record of a few tests would replace the whole"
+            )
+        from tests.full_record import FullRecord, lines_of_these_sources
 
         leads = not hasattr(config, "workerinput")
-        config.pluginmanager.register(FullRecord(folder, lines_of_this_commit(), leads=leads))
+        config.pluginmanager.register(FullRecord(folder, lines_of_these_sources(), leads=leads))
 
 
 @pytest.fixture

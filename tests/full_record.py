@@ -1,12 +1,13 @@
 """What `make test-full` leaves: the counts that were stated and run, and what the random cases showed.
 
 A test says with the fixture `stated` what it checks and how often. The process that leads the run keeps a line for
-every test that ends, however many workers there are; what passed at this commit is not run again, so that a long run
-can be stopped and go on. When all that was asked for has passed, the lines are added up.
+every test that ends, however many workers there are; what passed with these sources is not run again, so that a long
+run can be stopped and go on. When all that was asked for has passed, the lines are added up.
 """
 
 import dataclasses
 import datetime
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -47,7 +48,7 @@ class FullRecord:
 
     Args:
         folder: Of the records; made.
-        lines: File of what ended so far at this commit; made.
+        lines: File of what ended so far with these sources; made.
         leads: Whether this process leads the run; workers only leave tests out.
     """
 
@@ -55,7 +56,6 @@ class FullRecord:
         self.folder, self.lines, self.leads = folder, lines, leads
         lines.parent.mkdir(parents=True, exist_ok=True)
         self._ended = self._read()
-        self._wanted: set[str] = set()
 
     def _read(self) -> dict[str, dict[str, Any]]:
         """Return the last line of each test."""
@@ -90,6 +90,8 @@ class FullRecord:
         """Write the records; of the random cases only where there were any."""
         if not self.leads or session.exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             return
+        if not self._ended:
+            return
         self.write()
         session.exitstatus = pytest.ExitCode.OK
 
@@ -119,10 +121,14 @@ class FullRecord:
             save(tally.record(0, num_cases, methods), self.folder / "sensitivity" / "record.json")
 
 
-def lines_of_this_commit() -> Path:
-    """Return the file of what ended so far, by commit; of changed sources one for itself."""
-    here = environment.capture("cpu")
-    return ROOT / "build" / "test-full" / f"{here.commit or 'unknown'}{'-changed' if here.dirty else ''}.jsonl"
+def lines_of_these_sources() -> Path:
+    """Return the file of what ended so far, named by a digest of packages, tests and what they install."""
+    total = hashlib.sha256()
+    packages = (path for name in ("dit_dp", "memory_test", "tests") for path in (ROOT / name).rglob("*"))
+    for path in sorted([*packages, *(ROOT / name for name in ("pyproject.toml", "setup.cfg", "constraints.txt"))]):
+        if path.is_file() and path.suffix != ".pyc":
+            total.update(f"{path.relative_to(ROOT)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return ROOT / "build" / "test-full" / f"{total.hexdigest()[:16]}.jsonl"
 
 
 def _add(count: Count, line: dict[str, Any], number: int) -> None:

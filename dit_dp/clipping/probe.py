@@ -92,7 +92,6 @@ class Prober:
         self._log = StorageLog()
         self._trial = Trial(0)
         self._visits: list[Visit] = []
-        self._num_calls = 0
         self._alone: int | None = None
         self._recomputes, self._unfolds = True, unfolds
 
@@ -249,7 +248,7 @@ class Prober:
         )
         found = [log.index(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         trial.inputs[name] = tuple(index for index in found if index is not None)
-        call = self._num_calls = self._num_calls + 1
+        call = len(trial.windows)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             begin = log.now

@@ -10,7 +10,6 @@ from types import FrameType
 STOPS = (signal.SIGINT, signal.SIGTERM)
 """A user's Ctrl-C, and how schedulers and torchrun end a process."""
 
-
 INSISTS_S = 5.0
 """Seconds after the first signal from which on another one, to one of several processes, is meant."""
 

@@ -103,8 +103,6 @@ def restore(trainer: "Trainer", checkpoint: checkpoints.Checkpoint) -> None:
     here = trainer.world.shared(describe(trainer) if trainer.world.leads else None)
     if trainer.config.any_world_size:
         here = replace(here, world_size=checkpoint.state.world_size)
-    elif here.world_size != checkpoint.state.world_size is not None and trainer.config.sampling == "poisson":
-        log.warning("resume: --any-world-size lets this run go on with another number of processes")
     checkpoints.restore(checkpoint, trainer.runner, here)
     trainer.step = checkpoint.state.step
     facts = checkpoint.state.privacy

@@ -73,8 +73,8 @@ class Trainer:
         self.objective = build_objective(spec)
         self.losses = LossMeter(self.objective, config.dtype, world.device)
         model = model.to(world.device)
-        if checkpoint is None and world.leads:
-            warn_of_noise_alone(model, self.objective, spec)
+        if checkpoint is None:
+            warn_of_noise_alone(model, self.objective, spec, says=world.leads)
         self.runner = self._runner(model)
         self.base_sha256 = base_digest(self.runner)
         self.ledger = self._ledger()

@@ -135,7 +135,10 @@ class CheckpointState:
         if names:
             found = [f"{name}: {_shown(ours, name)} here, {_shown(theirs, name)} in the checkpoint" for name in names]
             found[_MOST:] = [f"and {len(names) - _MOST} more"] if len(names) > _MOST else []
-            raise UsageError(f"resume: {'; '.join(found)}; set these back, or begin anew in another folder")
+            fix = "set these back, or begin anew in another folder"
+            if names == ["world_size"] and self.settings.get("sampling") == "poisson":
+                fix += ", or say any_world_size"
+            raise UsageError(f"resume: {'; '.join(found)}; {fix}")
 
 
 @dataclass(frozen=True, kw_only=True)

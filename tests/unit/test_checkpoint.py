@@ -336,6 +336,13 @@ def privacy(**changes: object) -> PrivacyFacts:
     return replace(facts, **changes)  # type: ignore[arg-type]
 
 
+def test_a_world_size_that_may_change_is_not_compared(tmp_path: Path) -> None:
+    run = Run()
+    run.train(1, 1)
+    older = load(save(tmp_path, run.runner, run.state(1, world_size=None)))
+    restore(older, run.runner, run.state(1, world_size=3))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

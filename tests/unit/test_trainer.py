@@ -169,13 +169,22 @@ def test_a_run_does_not_go_on_under_other_conditions(tmp_path: Path, name: str) 
     assert Ledger.read(only_run(tmp_path) / "ledger.jsonl").num_charges == 4
 
 
+def test_a_run_that_is_stopped_in_its_last_step_is_done(tmp_path: Path) -> None:
+    steps = Run(tiny(tmp_path), join_world("cpu")).steps()
+    while next(steps) < 4:
+        pass
+    signal.raise_signal(signal.SIGTERM)
+    assert list(steps) == []
+    assert json.loads((only_run(tmp_path) / "summary.json").read_text())["steps"] == 4
+
+
 def test_another_world_is_refused_unless_asked_for(tmp_path: Path) -> None:
     run(tiny(tmp_path))
     (state,) = only_run(tmp_path).glob("checkpoints/step-00000004/state.json")
     assert json.loads(state.read_text())["state"]["world_size"] == 1
     world = join_world("cpu")
     two = replace(world, size=2)
-    with pytest.raises(UsageError, match=r"^resume: world_size: 2 here, 1 in the checkpoint; "):
+    with pytest.raises(UsageError, match=r"^resume: world_size: 2 here, 1 in .*, or say any_world_size$"):
         Run(tiny(tmp_path, resume="auto", steps=6), two).start()
     trainer = Run(tiny(tmp_path, resume="auto", steps=6, any_world_size=True), two).start()
     assert trainer.step == 4

@@ -5,15 +5,19 @@ from itertools import accumulate
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dit_dp.clipping import attach
 from dit_dp.clipping.auto import AutoEngine
+from dit_dp.clipping.batch import Batch
 from dit_dp.clipping.blocks import stand_in
 from dit_dp.clipping.lives import Life, Trial, WeightCall
 from dit_dp.clipping.planner import Curve, Step
 from dit_dp.clipping.probe import Prober
+from dit_dp.clipping.reference import clipped_sum
 from dit_dp.clipping.unfolded import Visit, unfolded
 from dit_dp.clipping.units import Units
+from dit_dp.errors import UnsupportedModelError
 from dit_dp.models.dit import randomize_zero_init_
 from memory_test.core import breakdown as logs
 from memory_test.core.meters import memory_meter
@@ -164,3 +168,82 @@ def test_caches_do_not_keep_a_model_from_being_tried(kind: str) -> None:
     norms = engine.accumulate(lambda model, batch: model(batch[0]).square().sum(1), (x,))
     assert norms is not None
     assert engine.choices()["physical_batch"] == 4
+
+
+# --- blocks that are awkward to recompute -----------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """Residual blocks, called in one of several ways."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.blocks = nn.ModuleList(Residual() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.kind == "checkpointed":
+                x = checkpoint(block, x, use_reentrant=False)
+            elif self.kind == "keywords":
+                x = block(x, debug=True, early_stop=2.0)
+            else:
+                h = block(x)
+                x += h  # in place, after the call
+                x = x.clone()
+        return x
+
+
+class Residual(nn.Module):
+    """A block whose first operation does not save its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor, *, debug: bool = False, early_stop: float = 1.0) -> Tensor:
+        y: Tensor = self.second(torch.tanh(self.first(early_stop * x)))
+        return -y if debug else y
+
+
+def rows_of(model: nn.Module, batch: Batch) -> Tensor:
+    (x,) = batch
+    losses: Tensor = model(x.clone()).square().sum((1, 2))  # type: ignore[union-attr]
+    return losses
+
+
+def chain(kind: str) -> tuple[Chain, tuple[Tensor]]:
+    torch.manual_seed(0)
+    return Chain(kind), (torch.randn(4, 5, 8),)
+
+
+@pytest.mark.parametrize("kind", ["checkpointed", "keywords", "in place"])
+def test_awkward_blocks_are_clipped_exactly(kind: str) -> None:
+    model, batch = chain(kind)
+    wanted, norms = clipped_sum(model, rows_of, batch, 1.0)
+    engine = attach(model, "auto")
+    found = engine.accumulate(rows_of, batch)
+    assert found is not None
+    torch.testing.assert_close(found.double(), norms, rtol=1e-5, atol=0)
+    engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
+    for name, parameter in engine.parameters.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad.double(), wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_input_changed_in_place_cannot_be_recomputed() -> None:
+    model, batch = chain("in place")
+    with pytest.raises(UnsupportedModelError, match=r"^model: an input of block blocks\.\d is changed in place after"):
+        attach(model, "lean").accumulate(rows_of, batch)
+
+
+def test_what_a_model_checkpoints_itself_is_not_held() -> None:
+    peaks = []
+    for kind in (AutoEngine, Keeping):
+        model, batch = chain("checkpointed")
+        engine = kind(model, max_grad_norm=1.0)
+        engine.accumulate(rows_of, batch)
+        engine.zero_grad()
+        stand_in(engine.blocks, engine, everywhere=True)
+        peaks.append(max(live_bytes(engine._run_trial(rows_of, batch, Units.of(4, None), 2))))
+    assert peaks[0] == peaks[1]
