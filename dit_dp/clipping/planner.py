@@ -94,7 +94,11 @@ def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
 
 
 def _fill(curve: "Curve", cost: Cost, booked: int, stored: int, budget: int) -> Plan:
-    """Choose rules: the fastest, then, while the peak is too high, what saves most bytes a second lost."""
+    """Choose rules: the fastest; while the peak is too high, what saves most bytes a second lost.
+
+    Where the peak lies elsewhere a change lowers nothing that counts in the end, so what need not have been changed is
+    changed back, the slowest first.
+    """
     batch, weights = curve.batch, curve.weights
     norms: dict[str, NormRule] = {}
     slower: dict[str, float] = {}
@@ -116,6 +120,12 @@ def _fill(curve: "Curve", cost: Cost, booked: int, stored: int, budget: int) -> 
         lower = curve.peak(changed, booked, stored)
         if lower < peak:
             keep, peak = changed, lower
+    swapped = [name for name in swaps if (name in keep) != (slower[name] < 0)]
+    for name in sorted(swapped, key=lambda name: -abs(slower[name])):
+        changed = keep ^ {name}
+        higher = curve.peak(changed, booked, stored)
+        if higher <= budget:
+            keep, peak = changed, higher
     return Plan(batch, frozenset(keep), norms, booked, stored, peak)
 
 

@@ -28,8 +28,8 @@ def resolved_of(method: str, sharding: str, **changes: Any) -> dict[str, Any]:
     return config.resolve(device="cpu", num_threads=1) | {"world_size": SIZE, "sharding": sharding}
 
 
-def measured(resolved: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Run the measuring loop on a rank; return its peaks, and how many bytes another thread released."""
+def measured(resolved: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """Run the measuring loop on a rank; return its peaks, and the sizes of what another thread released."""
 
     def wrap(model: nn.Module) -> nn.Module:
         if resolved["sharding"] == "ddp":
@@ -46,8 +46,8 @@ def measured(resolved: dict[str, Any]) -> tuple[dict[str, Any], int]:
     return peaks(repeat), unseen
 
 
-def without_unseen(log: Log) -> tuple[Log, int]:
-    """Take out what was allocated here and released out of sight.
+def without_unseen(log: Log) -> tuple[Log, list[int]]:
+    """Take out what was allocated here and released out of sight; return the rest, and the sizes of what was taken out.
 
     The profiler sees the thread it was started on. Gloo's threads drop the last reference to buffers of its own and to
     some that travelled; a later allocation at the same address tells, or that it is there when nothing is held. Left
@@ -63,7 +63,7 @@ def without_unseen(log: Log) -> tuple[Log, int]:
             held.pop(event.address, None)
     unseen |= set(held.values())
     events = [replace(event, size=0) if index in unseen else event for index, event in enumerate(log.events)]
-    return replace(log, events=events), sum(log.events[index].size for index in unseen)
+    return replace(log, events=events), [log.events[index].size for index in unseen]
 
 
 def peaks(repeat: Any) -> dict[str, Any]:
@@ -110,10 +110,12 @@ def test_the_prediction_is_rank_0s(on_ranks: Pool, method: str, sharding: str, c
     assert got.keys() == wanted.keys()
     if sharding == "ddp":
         # what ranks say to each other in pickled objects, and the constructor's copy if Gloo's thread drops it last
-        assert unseen < 16 * 1024 + extra["model"]
+        assert sum(unseen) < 16 * 1024 + extra["model"]
     for category in ("parameters", "gradients", "optimizer_state"):
         assert got["breakdown"][category] == wanted["breakdown"][category], category
     for name in wanted.keys() - {"breakdown"}:
-        assert -MOST * wanted[name] <= wanted[name] - got[name] <= MOST * wanted[name] + extra.get(name, 0), (
-            f"{name}: predicted {got[name]}, measured {wanted[name]}"
+        most, more = MOST * wanted[name], extra.get(name, 0)
+        hidden = min(more, max(unseen, default=0))  # a sum on its way whose release was not seen counts as never there
+        assert -most - hidden <= wanted[name] - got[name] <= most + more, (
+            f"{name}: predicted {got[name]}, measured {wanted[name]}, released unseen {hidden}"
         )

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from dit_dp.clipping import attach
 from dit_dp.clipping.auto import AutoEngine
 from dit_dp.clipping.engine import Engine
-from dit_dp.clipping.lives import Life, Trial
-from dit_dp.clipping.planner import Curve, Step
+from dit_dp.clipping.lives import Life, Trial, WeightCall
+from dit_dp.clipping.planner import Curve, Step, make_plan
+from dit_dp.clipping.units import Units
 from dit_dp.errors import EngineStateError, UsageError
 from dit_dp.models import DiT
 from dit_dp.objectives import DDPMObjective
@@ -72,6 +73,33 @@ def test_predicted_peaks_are_the_allocators_and_within_the_budget() -> None:
     assert (8, False) in seen
     assert {batch for batch, recomputes in seen if not recomputes} - {8}
     assert (1, True) in seen
+
+
+def test_no_rule_is_slower_than_the_budget_asks() -> None:
+    """With few positions keeping takes memory; the small weights, changed first, need not have been in the end."""
+    wide = DiT(input_size=16, patch_size=4, hidden_size=64, depth=4, num_heads=2, num_classes=5).train()
+    engine = attach(wide, "auto", optimizer_bytes=0)
+    assert isinstance(engine, AutoEngine)
+    batch = draw(8)
+    engine.accumulate(OBJECTIVE, batch)
+    step = engine.known(batch, Units.of(8, None))
+    blocks = len(step.blocks)
+    curve = Curve(step, 8)
+    free, least = (curve.peak(names, blocks, blocks) for names in (curve.weights, ()))
+
+    def cost(rule: str, batch: int, call: WeightCall) -> float:
+        return 1.0 if rule == "keep" else 1.001 if call.name.endswith("attn.proj.weight") else 2.0
+
+    counts = set()
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        budget = int(least + share * (free - least))
+        plan = make_plan(step, budget, cost)
+        assert plan.physical_batch == 8
+        assert plan.peak_bytes <= budget
+        for name in curve.weights.keys() - plan.keep:
+            assert curve.peak(plan.keep | {name}, blocks, blocks) > budget, name
+        counts.add(len(plan.keep))
+    assert len(counts) > 1
 
 
 def test_lean_holds_less_than_one_pass() -> None:
