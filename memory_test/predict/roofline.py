@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from dit_dp.clipping.contributions import HALF
 from memory_test.predict.cards import Card
-from memory_test.predict.flops import KERNELS, PRODUCTS
+from memory_test.predict.flops import KERNELS, NO_KERNEL, PRODUCTS, stem
 from memory_test.predict.rates import calibration_of
 from memory_test.predict.replay import Place
 from memory_test.predict.trace import Operation, Trace
@@ -75,7 +75,7 @@ def rates_of(card: Card | None, path: Path | None = None) -> Rates:
 
 def kernel_class(name: str) -> KernelClass:
     """Return the class of an operation, by its name in ATen."""
-    if name in PRODUCTS or name in KERNELS or name.startswith("convolution"):
+    if stem(name) in PRODUCTS or name in KERNELS or name.startswith("convolution"):
         return "product"
     return "attention" if name.startswith("_scaled_dot_product") else "other"
 
@@ -92,11 +92,9 @@ def phase_seconds(trace: Trace, places: tuple[Place, ...], rates: Rates) -> dict
     found: dict[str, float] = {}
     for place, following in pairwise(places):
         if place.step == last:
-            begun = trace.event_operations
-            start, end = begun[place.position], begun[min(following.position, len(begun) - 1)]
-            operations = trace.operations[start:end]
+            operations = trace.operations[place.operations : following.operations]
             device = sum(op.count * operation_seconds(op, rates) for op in operations)
-            host = rates.launch_s * sum(op.count for op in operations)
+            host = rates.launch_s * sum(op.count for op in operations if op.name not in NO_KERNEL)
             found[place.phase] = found.get(place.phase, 0.0) + max(device, host)
     return found
 

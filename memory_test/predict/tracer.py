@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memory_test.predict.asker import a_model_asks
-from memory_test.predict.flops import KERNELS, count_flops
+from memory_test.predict.flops import KERNELS, count_bytes, count_flops
 from memory_test.predict.known import Key, KnownResults, call_key
 from memory_test.predict.trace import Operation, Storage, Temporaries, Temporary, Trace
 
@@ -134,14 +134,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
         results: list[Tensor],
         key: Key | None,
     ) -> None:
-        if not (results or name in KERNELS):
+        if not (results or name in KERNELS or func._schema.is_mutable):
             return
         operation = self._operations.get(key)
         if operation is None:
             flops = count_flops(func, name, args, kwargs, out)
-            sizes = (min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*tensors, *results))
-            first = tensors if name in KERNELS else results  # the operands' products, whatever they are summed in
-            operation = Operation(name, flops, sum(sizes), first[0].dtype)
+            num_bytes = count_bytes(func, name, args, kwargs, tensors, results)
+            # a kernel's class goes by its operands, whatever their products are summed in
+            first = results if results and name not in KERNELS else tensors
+            operation = Operation(name, flops, num_bytes, first[0].dtype)
             if key is not None:
                 self._operations[key] = operation
         self._repeat([operation])

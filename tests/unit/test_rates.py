@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,13 @@ import pytest
 import torch
 
 from dit_dp.errors import UsageError
+from memory_test.core.config import ExperimentConfig
 from memory_test.predict import calibrate
 from memory_test.predict import rates as files
 from memory_test.predict.args import CalibrateArgs
 from memory_test.predict.cards import CARDS
+from memory_test.predict.flops import count_bytes
+from memory_test.predict.predict import Imagined, imagined_run
 from memory_test.predict.rates import Calibration, Cell
 from memory_test.predict.replay import Place
 from memory_test.predict.roofline import Rates, kernel_class, operation_seconds, phase_seconds, rates_of, step_seconds
@@ -48,11 +53,57 @@ def test_an_operation_takes_what_it_meets_first(
 def test_a_phase_takes_the_devices_time_or_the_hosts_and_counts_what_is_alike() -> None:
     operations = [Operation("mm", 100, 0, torch.float32, count=3), Operation("add", 0, 10, torch.float32)]
     trace = Trace(storages=[], events=[0, 0, 1, 1], operations=operations, event_operations=[0, 1, 1, 2])
-    places = (Place(0, 2, "input"), Place(1, 2, "forward"), Place(3, 2, "backward"), Place(3, 2, "idle"))
+    places = (Place(0, 2, "input"), Place(1, 2, "forward", 1), Place(3, 2, "backward", 2), Place(3, 2, "idle", 2))
     assert phase_seconds(trace, places, RATES) == {"input": 3.0, "forward": 1.0, "backward": 0.0}
     slow = Rates(100.0, 200.0, 50.0, 80.0, 10.0, launch_s=2.0)
     assert phase_seconds(trace, places, slow)["input"] == 6.0
     assert step_seconds(trace, places, RATES) == 1.0, "drawing the input is no part of a step"
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, tuple[Imagined, Counter[str]]]:
+    """Return a step of two physical batches by method, and the FLOPs of its phases."""
+    found = {}
+    for method in ("vanilla", "bookkeeping"):
+        sizes: dict[str, Any] = {"depth": 1, "hidden_size": 1152, "num_heads": 16, "batch_size": 8, "accumulation": 2}
+        config = ExperimentConfig(experiment=method, device="cuda", **sizes)
+        run = imagined_run(config.resolve(device="cuda", num_threads=1), CARDS["H100-80GB"], 2, whole=False)
+        flops: Counter[str] = Counter()
+        for place, following in pairwise(run.places):
+            if place.step == run.places[-1].step:
+                inside = run.trace.operations[place.operations : following.operations]
+                flops[place.phase] += sum(operation.count * operation.flops for operation in inside)
+        found[method] = (run, flops)
+    return found
+
+
+def test_sums_added_in_place_count_as_products(counted: dict[str, tuple[Imagined, Counter[str]]]) -> None:
+    """Forward and gradients of inputs are the same; what is left of a step is the gradients of weights."""
+    (_, plain), (run, private) = counted["vanilla"], counted["bookkeeping"]
+    assert any(operation.name == "addmm_" for operation in run.trace.operations)
+    assert private["forward"] == plain["forward"]
+    assert 0.9 * plain["forward"] < private["clip"] < 1.1 * plain["forward"]
+    assert private["backward"] + private["clip"] > plain["backward"]
+
+
+def test_the_optimizers_step_moves_what_adamw_reads_and_writes(
+    counted: dict[str, tuple[Imagined, Counter[str]]],
+) -> None:
+    """foreach: parameters, gradients, moments and a denominator in seven passes; the last step's are counted too."""
+    run, _ = counted["vanilla"]
+    place = run.places[-2]
+    assert place.phase == "optimizer"
+    moved = sum(o.num_bytes for o in run.trace.operations[place.operations : run.places[-1].operations])
+    size = 4 * run.choices["num_trainable_parameters"]
+    assert 15 * size < moved < 25 * size
+
+
+@pytest.mark.parametrize("name", ["empty_like", "_unsafe_view", "squeeze_"])
+def test_what_runs_no_kernel_takes_no_time(name: str) -> None:
+    assert count_bytes(None, name, (), {}, [torch.ones(3)], [torch.ones(3)]) == 0
+    trace = Trace(operations=[Operation(name, 0, 0, torch.float32)])
+    slow = dataclasses.replace(RATES, launch_s=2.0)
+    assert phase_seconds(trace, (Place(0, 1, "forward"), Place(0, 1, "idle", 1)), slow) == {"forward": 0.0}
 
 
 def a_calibration(**changes: Any) -> Calibration:
