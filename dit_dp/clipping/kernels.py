@@ -87,6 +87,8 @@ def gram_kernel(  # type: ignore[no-untyped-def]
 ):
     """Write ``sum(A_j A_k^T * G_j G_k^T)``, twice that off the diagonal, for one example and one pair j <= k.
 
+    As many numbers further on as there are programs, the sum of the same terms' absolute values.
+
     The triangle of pairs is folded into a rectangle: a row of it holds tile row `upper`, then tile row `lower` from
     the other end, which together are as long as every other row's.
     """
@@ -111,8 +113,10 @@ def gram_kernel(  # type: ignore[no-untyped-def]
         g, g_position, g_feature, positions, g, g_position, g_feature, positions, out_width,
         j * TILE, k * TILE, TILE, BLOCK, UPCAST,
     )  # fmt: skip
-    total = tl.sum(tl.sum(gram_a * gram_g, 1), 0)
-    tl.store(partial + program, tl.where(j == k, total, 2 * total))
+    terms = gram_a * gram_g
+    weight = tl.where(j == k, 1.0, 2.0)
+    tl.store(partial + program, weight * tl.sum(tl.sum(terms, 1), 0))
+    tl.store(partial + tl.num_programs(0) + program, weight * tl.sum(tl.sum(tl.abs(terms), 1), 0))
 
 
 @triton.jit
@@ -207,14 +211,14 @@ def gram_partials(a: Tensor, g: Tensor, partial: Tensor, tile: int) -> None:
     Args:
         a: (N, T, d) inputs, float32, bf16 or float16, any strides.
         g: (N, T, p) output gradients of the same dtype.
-        partial: (N, pairs of tiles) float32.
+        partial: (2, N, pairs of tiles) float32: of the terms, and of their absolute values.
         tile: Positions a side, a power of two >= 16.
     """
     _launch(_GRAM, a, g, partial, tile, inner=max(a.shape[2], g.shape[2]))
 
 
 def direct_partials(a: Tensor, g: Tensor, partial: Tensor, tile: int) -> None:
-    """Fill `partial`, (N, tiles of a (p, d) matrix), with addends of ``|g_i^T a_i|_F^2``; else as `gram_partials`."""
+    """Fill `partial`, (1, N, tiles of a (p, d) matrix), by addends of ``|g_i^T a_i|_F^2``; else as `gram_partials`."""
     _launch(_DIRECT, a, g, partial, tile, inner=a.shape[1])
 
 
@@ -247,11 +251,11 @@ def _fetched(a: Tensor, inner: int) -> dict[str, int | bool]:
 
 
 def _launch(kernels: dict[int, Any], a: Tensor, g: Tensor, partial: Tensor, tile: int, inner: int) -> None:
-    """Run one program for every entry of `partial`."""
+    """Run one program for every entry of `partial[0]`."""
     sizes = (a.shape[1], a.shape[2], g.shape[2])
     constants = {"TILE": tile, **_fetched(a, inner)}
     with torch.cuda.device_of(a):  # type: ignore[no-untyped-call]
-        kernels[num_warps(tile)][(partial.numel(),)](a, *a.stride(), g, *g.stride(), partial, *sizes, **constants)
+        kernels[num_warps(tile)][(partial[0].numel(),)](a, *a.stride(), g, *g.stride(), partial, *sizes, **constants)
 
 
 def num_warps(tile: int) -> int:

@@ -77,17 +77,20 @@ def _norm_grid(a: Tensor, g: Tensor, gram: bool) -> tuple[int, int]:
 
 @torch.library.custom_op("dit_dp::norm_partials", mutates_args=())
 def norm_partials(a: Tensor, g: Tensor, gram: bool) -> Tensor:
-    """Return (N, programs an example) float32 addends of the squared norms, by `gram_kernel` or `direct_kernel`."""
+    """Return float32 addends of the squared norms, (1, N, programs an example), by `gram_kernel` or `direct_kernel`.
+
+    Of Gram sums, (2, N, programs): the sums of the terms' absolute values too, which tell what rounding can have taken.
+    """
     kernels = _kernels()
     tile, programs = _norm_grid(a, g, gram)
-    partial = a.new_empty(a.shape[0], programs, dtype=torch.float32)
+    partial = a.new_empty(1 + gram, a.shape[0], programs, dtype=torch.float32)
     (kernels.gram_partials if gram else kernels.direct_partials)(a, g, partial, tile)
     return partial
 
 
 @norm_partials.register_fake
 def _(a: Tensor, g: Tensor, gram: bool) -> Tensor:
-    return a.new_empty(a.shape[0], _norm_grid(a, g, gram)[1], dtype=torch.float32)
+    return a.new_empty(1 + gram, a.shape[0], _norm_grid(a, g, gram)[1], dtype=torch.float32)
 
 
 # --- clipped sums -------------------------------------------------------------------------------------------------

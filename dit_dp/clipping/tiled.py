@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dit_dp.clipping.contributions import Outer, OuterRule, float32
+from dit_dp.clipping.contributions import Outer, OuterRule, float32, not_below
 from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.launch import norm_partials, runs_kernels
 
@@ -53,14 +53,15 @@ def squared_norms(a: Tensor, g: Tensor) -> Tensor:
         return Outer(a, g).squared_norms(rule)
     if runs_kernels(a):
         partial: Tensor = norm_partials(a, g, rule == "ghost")
-        squares = partial.sum(1, dtype=torch.float64).to(torch.float32)
+        squares, *sizes = partial.sum(2, dtype=torch.float64).to(torch.float32).unbind()
+        squares = not_below(squares, *sizes) if sizes else squares
     else:
         squares = hardware().apply(gram_squares if rule == "ghost" else direct_squares, a, g)
     return squares.clamp(min=0)  # a Gram sum of a zero gradient can round below zero
 
 
 def gram_squares(a: Tensor, g: Tensor) -> Tensor:
-    """Return ``sum((a_i a_i^T) * (g_i g_i^T))``, (N,).
+    """Return ``sum((a_i a_i^T) * (g_i g_i^T))``, (N,), `not_below` what float32 can tell.
 
     A strip of `rows` positions meets all from its own on, in pieces of `SPAN`. Pieces are laid out (later, earlier)
     so that the strip's own square is the first's head, contiguous; it was counted twice with the rest.
@@ -72,7 +73,7 @@ def gram_squares(a: Tensor, g: Tensor) -> Tensor:
     scratch = _scratch(a, 2, together * rows * span)
     parts = []
     for x, y in _few_examples(a, g, together):
-        total = x.new_zeros(x.shape[0])
+        total, sizes = x.new_zeros(2, x.shape[0])
         for j in range(0, positions, rows):
             for k in range(j, positions, span):
                 gram = _product(x[:, k : k + span], x[:, j : j + rows].transpose(1, 2), scratch[0])
@@ -80,7 +81,8 @@ def gram_squares(a: Tensor, g: Tensor) -> Tensor:
                 total.add_(gram.sum((1, 2)), alpha=2)
                 if k == j:
                     total.sub_(gram[:, : gram.shape[2]].sum((1, 2)))
-        parts.append(total)
+                sizes.add_(gram.abs_().sum((1, 2)), alpha=2)
+        parts.append(not_below(total, sizes))
     return torch.cat(parts)
 
 

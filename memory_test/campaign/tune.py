@@ -100,7 +100,7 @@ def draw(shape: Shape, dtype: torch.dtype, seed: int, device: str) -> tuple[Tens
 def prepared(
     kernel: str, shape: Shape, a: Tensor, g: Tensor, factors: Tensor, how: Candidate
 ) -> tuple[Callable[[], object], Tensor]:
-    """Return a launch, and its output, (N, programs) or (1, p, d), full of NaN."""
+    """Return a launch, and its output, (1 or 2, N, programs) or (S, p, d), full of NaN."""
     n, t, d, p = shape.examples, shape.positions, shape.width, shape.out_width
     across = -(-p // how.tile) * -(-d // how.tile)
     fetched = {"TILE": how.tile, "BLOCK": how.block, "UPCAST": kernels.INTERPRETED and a.dtype == torch.bfloat16}
@@ -113,7 +113,7 @@ def prepared(
         return lambda: kernels.weighted_sum_kernel[(splits * across,)](*inputs, **options), out
     tiles = -(-t // how.tile)
     programs = tiles * (tiles + 1) // 2 if kernel == "gram" else across
-    partial = torch.full((n, programs), float("nan"), device=a.device)
+    partial = torch.full((1 + (kernel == "gram"), n, programs), float("nan"), device=a.device)
     function = kernels.gram_kernel if kernel == "gram" else kernels.direct_kernel
     compiled = kernels.tuned(function, how.warps, (how.depth,))
     call = (a, *a.stride(), g, *g.stride(), partial, t, d, p)
@@ -128,7 +128,7 @@ def error(kernel: str, a: Tensor, g: Tensor, factors: Tensor, out: Tensor) -> fl
             wanted += float(factor) * (y.double().T @ x.double())
         return float((out.double().sum(0) - wanted).norm() / wanted.norm())
     squares = torch.stack([(y.double().T @ x.double()).square().sum() for x, y in zip(a, g, strict=True)])
-    return float(((out.double().sum(1) - squares) / squares).abs().max())
+    return float(((out[0].double().sum(1) - squares) / squares).abs().max())
 
 
 def tried(

@@ -41,7 +41,8 @@ def test_kernel_equals_float64_and_torch(
     strided: bool,
 ) -> None:
     a, g = operands(examples, positions, width, out_width, dtype, seed, strided)
-    got = launch.norm_partials(a, g, gram).sum(1, dtype=torch.float64)
+    partial = launch.norm_partials(a, g, gram)
+    got = partial[0].sum(1, dtype=torch.float64)
     torch.testing.assert_close(got, float64_squares(a, g), rtol=2e-6, atol=0)
     in_torch = (tiled.gram_squares if gram else tiled.direct_squares)(a, g)
     torch.testing.assert_close(got.float(), in_torch, rtol=4e-6, atol=0)
@@ -53,9 +54,20 @@ def test_every_pair_of_tiles_is_taken_once(positions: int) -> None:
     a = torch.zeros(2, 16 * positions, 1)
     a[:, ::16] = 1
     pairs = positions * (positions + 1) // 2
-    partial = torch.full((2, pairs), float("nan"))
+    partial = torch.full((2, 2, pairs), float("nan"))
     kernels.gram_partials(a, a, partial, tile=16)
-    assert sorted(partial[1].tolist()) == [1.0] * positions + [2.0] * (pairs - positions)
+    assert sorted(partial[0, 1].tolist()) == [1.0] * positions + [2.0] * (pairs - positions)
+    assert torch.equal(partial[1], partial[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_terms_count_by_their_absolute_values(dtype: torch.dtype) -> None:
+    """Positions of alternating sign cancel; what they add up does not."""
+    a = torch.ones(2, 150, 3, dtype=dtype)
+    g = torch.where(torch.arange(150) % 2 == 0, 1.0, -1.0).to(dtype)[None, :, None].expand(2, 150, 5)
+    squares, sizes = launch.norm_partials(a, g, True).sum(2)
+    assert squares.tolist() == [0.0, 0.0]
+    assert sizes.tolist() == [150 * 150 * 15.0] * 2
 
 
 def test_launches_are_deterministic() -> None:
@@ -74,12 +86,14 @@ def test_the_tuner_changes_no_number(kernel: object) -> None:
     a, g = operands(1, 40, 20, 24, torch.float32, 0, False)
     results = []
     for depths in ((2,), (2, 3, 4)):
-        partial = torch.zeros(1, 6 if kernel is kernels.gram_kernel else 4)
+        partial = torch.zeros(2, 1, 6) if kernel is kernels.gram_kernel else torch.zeros(1, 1, 4)
         launch = kernels.tuned(kernel, 4, depths)
-        launch[(partial.numel(),)](a, *a.stride(), g, *g.stride(), partial, 40, 20, 24, TILE=16, BLOCK=16, UPCAST=False)
+        launch[(partial[0].numel(),)](
+            a, *a.stride(), g, *g.stride(), partial, 40, 20, 24, TILE=16, BLOCK=16, UPCAST=False
+        )
         results.append(partial)
     assert torch.equal(*results)
-    torch.testing.assert_close(results[0].sum(1).double(), float64_squares(a, g), rtol=1e-6, atol=0)
+    torch.testing.assert_close(results[0][0].sum(1).double(), float64_squares(a, g), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["tokens", "convs", "reused"])
