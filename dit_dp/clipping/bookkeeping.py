@@ -21,11 +21,12 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from dit_dp import validate
+from dit_dp.clipping import tiled
 from dit_dp.clipping.contributions import Contribution, Direct, Outer, joined, joined_squared_norms
 from dit_dp.clipping.engine import LayerRule
 from dit_dp.clipping.watched import WatchedEngine
 
-BookRule = Literal["keep", "ghost", "direct", "outer product"]
+BookRule = Literal["keep", "ghost", "direct", "tiled", "outer product"]
 """How a weight's norm is taken; all but `keep` book its operands."""
 
 KEEP_UP_TO = 1.25
@@ -85,7 +86,8 @@ class BookkeepingEngine(WatchedEngine):
             self._squares += kept.rowwise_squared_norms()
             self._note(parameter, [kept])
         else:
-            self._squares += joined(outers).squared_norms(rule)
+            whole = joined(outers)
+            self._squares += tiled.squared_norms(whole.a, whole.g) if rule == "tiled" else whole.squared_norms(rule)
             self._note(parameter, parts)
 
     def _rule_for(self, parameter: nn.Parameter, outers: list[Outer]) -> BookRule:

@@ -7,11 +7,14 @@ and Gram matrices are small products that run below a machine's speed.
 import time
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 
+from dit_dp.clipping import tiled
 from dit_dp.clipping.contributions import Direct, Outer
 from dit_dp.clipping.lives import WeightCall
+from dit_dp.clipping.planner import NORM_RULES
 
 REPEATS = 5
 """Timed runs of each rule, in turns, of which the fastest counts: what else a machine does only adds."""
@@ -19,7 +22,7 @@ REPEATS = 5
 MOST_UNITS = 4
 """Units measured at once; more cost in proportion."""
 
-RULES = ("keep", "ghost", "direct")
+RULES = ("keep", *NORM_RULES)
 
 
 def measured(device: torch.device, dtype: torch.dtype) -> Callable[[str, int, WeightCall], float]:
@@ -43,7 +46,7 @@ def measured(device: torch.device, dtype: torch.dtype) -> Callable[[str, int, We
 def _seconds(
     units: int, positions: int, width: int, out_width: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
-    """Return the time of norm and clipped sum by each rule."""
+    """Return the time of norm and clipped sum by each rule; infinity where CUDA has no triton for it."""
     generator = torch.Generator(device=device).manual_seed(0)  # the global state of random numbers is left alone
 
     def normal(*shape: int) -> torch.Tensor:
@@ -58,15 +61,19 @@ def _seconds(
             kept = Direct(outer.gradients(shape))
             kept.rowwise_squared_norms()
             kept.add_clipped(None, factors, shape, None)
+            return
+        if rule == "tiled":
+            tiled.squared_norms(outer.a, outer.g)
         else:
             outer.squared_norms("direct" if rule == "direct" else "ghost")
-            outer.add_clipped(None, factors, shape, None)
+        outer.add_clipped(None, factors, shape, None)
 
     clock = _clock(device)
     fastest = dict.fromkeys(RULES, float("inf"))
+    rules = RULES if device.type != "cuda" or find_spec("triton") else [rule for rule in RULES if rule != "tiled"]
     with torch.no_grad():
         for index in range(-1, REPEATS):
-            for rule in RULES:
+            for rule in rules:
                 start = clock()
                 run(rule)
                 if index >= 0:  # the first is warming up

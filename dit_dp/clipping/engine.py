@@ -17,7 +17,16 @@ from dit_dp.clipping.units import Units
 from dit_dp.errors import EngineStateError, UsageError
 
 LayerRule = Literal[
-    "ghost", "direct", "outer product", "keep", "embedding", "broadcast", "functorch", "expanded weights", "none"
+    "ghost",
+    "direct",
+    "tiled",
+    "outer product",
+    "keep",
+    "embedding",
+    "broadcast",
+    "functorch",
+    "expanded weights",
+    "none",
 ]
 """How a layer's per-example norm is obtained; `none`: the method cannot run on it."""
 

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, zip_longest
-from typing import Literal
+from typing import Literal, get_args
 
 from dit_dp.clipping.lives import Trial, WeightCall
 
-NormRule = Literal["ghost", "direct"]
+NormRule = Literal["ghost", "direct", "tiled"]
+NORM_RULES: tuple[NormRule, ...] = get_args(NormRule)
 Cost = Callable[[str, int, WeightCall], float]
-"""Seconds of a rule (``keep``, ``ghost``, ``direct``) for so many units of a weight: norm and clipped sum."""
+"""Seconds of ``keep`` or a norm rule for so many units of a weight: norm and clipped sum; infinity if it cannot run."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def _fill(curve: "Curve", cost: Cost, booked: int, stored: int, budget: int) -> 
     norms: dict[str, NormRule] = {}
     slower: dict[str, float] = {}
     for name, call in weights.items():
-        times = {rule: cost(rule, batch, call) for rule in ("keep", "ghost", "direct")}
-        norms[name] = "ghost" if times["ghost"] <= times["direct"] else "direct"
-        slower[name] = times["keep"] - times[norms[name]]
+        times = {rule: cost(rule, batch, call) for rule in NORM_RULES}
+        norms[name] = min(NORM_RULES, key=times.__getitem__)
+        slower[name] = cost("keep", batch, call) - times[norms[name]]
     keep = {name for name, seconds in slower.items() if seconds < 0}
     peak = curve.peak(keep, booked, stored)
     saving = {name: curve.saved_by_keeping(name) for name in weights}

@@ -1,7 +1,7 @@
 """How far from the best is what `auto` chooses: every plan for a small model, timed in turns in one process.
 
-A plan is a rule (``keep``, ``ghost``, ``direct``) for every shape of weight that takes 2 % of the operations or more,
-and a physical batch; smaller weights follow `auto`. Times are CPU times of the one thread, so that what else the
+A plan is ``keep`` or a norm rule for every shape of weight that takes 2 % of the operations or more, and a physical
+batch; smaller weights follow `auto`. Times are CPU times of the one thread, so that what else the
 machine does counts little; rounds are rotated and ratios paired.
 """
 
@@ -11,13 +11,14 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from dit_dp.clipping import attach
 from dit_dp.clipping.auto import AutoEngine
 from dit_dp.clipping.batch import num_rows
-from dit_dp.clipping.planner import Curve, Plan, Step
+from dit_dp.clipping.planner import NORM_RULES, Curve, NormRule, Plan, Step
 from dit_dp.clipping.units import Units
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.workload import build_data, build_model, loss_function
@@ -95,11 +96,14 @@ def all_plans(step: Step, chosen: Plan) -> Iterator[Plan]:
         work = {shape: math.prod(shape) * len(names) for shape, names in shapes.items()}
         shapes = {shape: names for shape, names in shapes.items() if work[shape] >= LARGE * sum(work.values())}
         large = {name for names in shapes.values() for name in names}
-        for rules in itertools.product(("keep", "ghost", "direct"), repeat=len(shapes)):
+        rules_of: tuple[NormRule | Literal["keep"], ...] = ("keep", *NORM_RULES)
+        for rules in itertools.product(rules_of, repeat=len(shapes)):
             norms, keep = dict(chosen.norms), list(chosen.keep - large)
             for rule, names in zip(rules, shapes.values(), strict=True):
-                keep += names if rule == "keep" else []
-                norms.update(dict.fromkeys(names, "ghost" if rule == "ghost" else "direct"))
+                if rule == "keep":
+                    keep += names
+                else:
+                    norms.update(dict.fromkeys(names, rule))
             count = len(step.blocks)
             peak = curve.peak(keep, count, count)
             yield Plan(batch, frozenset(keep), norms, count, count, peak)

@@ -124,6 +124,9 @@ def rule_seconds(rates: Rates) -> Callable[[str, int, Any], float]:
         clipped_sum = max(products / rate, (operands + 2 * total) / bandwidth)
         if rule == "direct":  # formed, squared, dropped
             return clipped_sum + max(products / rate, (operands + 2 * gradients) / bandwidth)
+        if rule == "tiled":  # operands are read again from the second-level cache
+            norm = min(units * positions**2 * (width + out_width), products)
+            return clipped_sum + max(norm / rate, operands / bandwidth)
         gram = 1.125 * units * positions**2 * (width + out_width)
         return clipped_sum + max(gram / rate, (operands + 12 * units * positions**2) / bandwidth)
 

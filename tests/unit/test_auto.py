@@ -1,5 +1,7 @@
 """`auto`: its predictions against the allocator, its choices under budgets, its refusals; `lean`: its memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,8 @@ from dit_dp.clipping import attach
 from dit_dp.clipping.auto import AutoEngine
 from dit_dp.clipping.engine import Engine
 from dit_dp.clipping.lives import Life, Trial, WeightCall
-from dit_dp.clipping.planner import Curve, Step, make_plan
+from dit_dp.clipping.planner import NORM_RULES, Curve, Step, make_plan
+from dit_dp.clipping.reference import clipped_sum
 from dit_dp.clipping.units import Units
 from dit_dp.errors import EngineStateError, UsageError
 from dit_dp.models import DiT
@@ -100,6 +103,24 @@ def test_no_rule_is_slower_than_the_budget_asks() -> None:
             assert curve.peak(plan.keep | {name}, blocks, blocks) > budget, name
         counts.add(len(plan.keep))
     assert len(counts) > 1
+
+
+def test_every_rule_that_a_plan_names_is_followed_and_exact() -> None:
+    """By whatever rules, the sum is the oracle's: norms kept, by Gram matrices, by gradients, by tiles."""
+    case = make_case("tokens")
+    wanted, _ = clipped_sum(case.model, case.loss_fn, case.batch, 1.0)
+    engine = attach(case.model, "auto", max_grad_norm=1.0)
+    assert isinstance(engine, AutoEngine)
+    engine.accumulate(case.loss_fn, case.batch)
+    assert engine.plan is not None
+    for rule in NORM_RULES:
+        engine.zero_grad()
+        engine.follow(replace(engine.plan, keep=frozenset(), norms=dict.fromkeys(engine.plan.norms, rule)))
+        engine.accumulate(case.loss_fn, case.batch)
+        assert engine.choices()["norm_rules"][rule] == len(engine.plan.norms)
+        for name, parameter in engine.parameters.items():
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad.double(), wanted[name], rtol=1e-5, atol=1e-6)
 
 
 def test_lean_holds_less_than_one_pass() -> None:
