@@ -147,7 +147,8 @@ class AutoEngine(LeanEngine):
             raise UsageError.for_value(
                 "memory_budget",
                 self.memory_budget,
-                f">= {plan.peak_bytes} bytes, which the leanest plan is predicted to take",
+                f">= {plan.peak_bytes} bytes, which the leanest plan is predicted to take, "
+                f"{plan.peak_bytes - self.memory_budget} more",
                 "or make the model or its input smaller",
             )
         return plan

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import multiprocessing
 import shlex
 import sys
@@ -26,13 +27,22 @@ from memory_test.sweep.process import default_threads
 
 
 def run_plan(args: PlanArgs) -> int:
-    """Plan and report; return the exit code."""
+    """Plan and report; return the exit code.
+
+    Raises:
+        UsageError: None of the private methods fits, nor any other where only others were asked for; what was found is
+            reported first.
+    """
     plan = make_plan(args)
     sys.stdout.write(describe_plan(plan) + "\n")
     if args.json is not None:
         write_text(args.json, json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
         sys.stdout.write(f"plan: {args.json}\n")
-    return 0 if plan.recommended is not None else 1
+    wanted = [row for row in plan.methods if METHODS[row.method].private] or plan.methods
+    if not any(row.status == "fits" for row in wanted):
+        nearest = min(wanted, key=lambda row: (row.status != "too large", row.peak_reserved_bytes or math.inf))
+        raise UsageError(f"gpu: nothing fits {args.card.name}: {nearest.method}: {nearest.reason}")
+    return 0
 
 
 def make_plan(args: PlanArgs) -> Plan:

@@ -94,10 +94,22 @@ def test_a_plan_recommends_and_its_command_is_predicted_to_fit(tmp_path: Path) -
     assert again.returncode == 0, again.stdout + again.stderr
 
 
-def test_a_card_on_which_nothing_private_fits_is_exit_code_1(tmp_path: Path) -> None:
-    done = run("plan", *SMALL, "--gpu", "custom:memory=0.13,context=128", "--methods", "ghost", cwd=tmp_path)
-    assert done.returncode == 1
+def test_a_card_on_which_nothing_private_fits_is_one_line_after_the_table(tmp_path: Path) -> None:
+    rest = ("--methods", "vanilla", "ghost", "--json", "plan.json")
+    done = run("plan", *SMALL, "--gpu", "custom:memory=0.13,context=128", *rest, cwd=tmp_path)
+    assert done.returncode == 2
     assert "too large" in done.stdout
+    assert "recommended: nothing" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "gpu: nothing fits custom" in line
+    assert "ghost: one example takes" in line
+    assert "more than there is; a card of" in line
+    assert (tmp_path / "plan.json").exists()
+
+
+def test_ordinary_training_alone_can_be_planned(tmp_path: Path) -> None:
+    done = run("plan", *SMALL, "--gpu", CARD, "--methods", "vanilla", cwd=tmp_path)
+    assert done.returncode == 0
     assert "recommended: nothing" in done.stdout
 
 
