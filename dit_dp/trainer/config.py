@@ -47,6 +47,8 @@ class TrainConfig(WorkloadConfig):
     """Folder of encoded data; default: next to the run's."""
     weights: Path | None = None
     """Weights to start from: a published checkpoint (.pt, .safetensors), or a run's checkpoint folder."""
+    weights_are_public: bool = False
+    """Of weights from a run's checkpoint: say that what trained them was public, so that epsilon need not cover it."""
     # --- privacy
     epsilon: float | None = None
     """Budget; the noise multiplier follows from it, and training stops before the step that would exceed it."""
@@ -210,6 +212,8 @@ class TrainConfig(WorkloadConfig):
         if self.sharding == "fsdp2" and not METHODS[self.method].sharded:
             names = [name for name, method in METHODS.items() if method.sharded]
             raise UsageError.for_value("sharding", self.sharding, "ddp", f"or a method that runs on shards: {names}")
+        if self.weights_are_public and self.weights is None:
+            raise UsageError.for_value("weights_are_public", True, "False", "there are no weights to say it of")
         if self.frontend is None and self.frontend_statistics is not None:
             raise UsageError.for_value("frontend_statistics", self.frontend_statistics, "None", "there is no frontend")
         if self.frontend is not None and self.spec.workload.frontend is None:

@@ -116,7 +116,6 @@ class Run:
         """Return the trainer, at its first step or at that of the checkpoint it goes on from; makes the folder."""
         if self.world.leads:
             check_tracker(self.config.tracker)
-        refuse_spent(self.config, self._data.digest)
         model = starting_model(self.config, self.spec)
         self.folder, going_on = self._folder()
         try:
@@ -130,6 +129,7 @@ class Run:
     def _open(self) -> tuple[RunData, Budget]:
         """Return the data and what the run will do; the first process makes what is made once."""
         config, world = self.config, self.world
+        world.first(partial(refuse_spent, config))
         make = partial(open_data, config, self.spec, config.output_dir / "cache", world.device)
         data = world.first(make) or make()
         self._require_same(data)
@@ -240,6 +240,7 @@ class Run:
                 "unit": trainer.budget.unit,
                 "num_units": trainer.budget.num_units,
                 "claim": trainer.claim(),
+                "weights_are_public": self.config.weights_are_public,
                 "seconds": seconds,
                 "step_time_s": statistics.median(times) if times else None,
                 "peak_memory_bytes": peak_memory_bytes(self.world.device),

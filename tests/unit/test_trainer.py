@@ -142,6 +142,7 @@ def test_what_is_not_private_says_so(tmp_path: Path, changes: dict[str, Any], sa
         ({"in_channels": 4, "image_size": 64}, "frontend: got None"),
         ({"frontend": "vae", "workload": "panda", "model": "Panda/4", "num_classes": None}, "takes pixels"),
         ({"weights": Path("nowhere.pt")}, "nowhere.pt"),
+        ({"weights_are_public": True}, "weights_are_public: got True"),
         ({"tracker": "tensorboard", "insecure_seed": -1}, "insecure_seed: got -1"),
     ],
 )
@@ -218,12 +219,34 @@ def test_a_stopped_run_keeps_the_steps_that_were_paid_for(tmp_path: Path, number
     assert Ledger.read(only_run(tmp_path) / "ledger.jsonl").num_charges == 4  # none twice
 
 
-def test_weights_that_the_same_data_trained_are_not_claimed_anew(tmp_path: Path) -> None:
-    run(tiny(tmp_path, steps=1))
-    (before,) = (only_run(tmp_path) / "checkpoints").iterdir()
-    with pytest.raises(UsageError, match="its own steps alone"):
-        run(tiny(tmp_path / "again", weights=before))
-    run(tiny(tmp_path / "other", weights=before, steps=1, held_out=0.5))  # other data
+@pytest.mark.parametrize("before", [{}, {"method": "vanilla", "noise_multiplier": None}], ids=["private", "not"])
+def test_weights_of_a_run_are_not_claimed_anew(tmp_path: Path, before: dict[str, Any]) -> None:
+    run(tiny(tmp_path, steps=1, ema_decay=0.9, full_checkpoints=True, **before))
+    (folder,) = (only_run(tmp_path) / "checkpoints").iterdir()
+    link = tmp_path / "published.safetensors"
+    link.symlink_to(folder / "model.safetensors")
+    for weights in (folder, folder / "model.safetensors", folder / "ema.safetensors", link):
+        for changes in ({}, {"held_out": 0.1}, {"data": "synthetic"}, {"dry_run": True}):
+            with pytest.raises(UsageError, match=r"^weights: got .*its own run's steps alone.*--weights-are-public$"):
+                run(tiny(tmp_path / "again", weights=weights, **changes))
+    assert not list((tmp_path / "again").rglob("ledger.jsonl"))
+    run(tiny(tmp_path / "none", weights=folder, steps=1, noise_multiplier=0.0))  # nothing is claimed
+
+
+def test_weights_that_are_said_to_be_public_are_named_beside_the_claim(tmp_path: Path) -> None:
+    run(tiny(tmp_path, steps=1, full_checkpoints=True))
+    (folder,) = (only_run(tmp_path) / "checkpoints").iterdir()
+    said = "not covered: the weights that it started from, said to be public by --weights-are-public"
+    for number, weights in enumerate((folder, folder / "model.safetensors")):
+        run(tiny(tmp_path / str(number), steps=1, weights=weights, weights_are_public=True))
+        summary = json.loads((only_run(tmp_path / str(number)) / "summary.json").read_text())
+        assert summary["weights_are_public"]
+        assert summary["claim"].endswith(said)
+        assert said in (only_run(tmp_path / str(number)) / "log.txt").read_text()
+    copied = tmp_path / "published.safetensors"
+    shutil.copy(folder / "model.safetensors", copied)
+    config = tiny(tmp_path, weights=copied)
+    assert plan_budget(config, config.spec, 1000).claim.endswith("started from, taken for public")
 
 
 def test_steps_from_a_seed_are_never_given_an_epsilon(tmp_path: Path) -> None:
