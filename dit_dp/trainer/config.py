@@ -37,6 +37,8 @@ class TrainConfig(WorkloadConfig):
     """Leave out images of a folder that cannot be read."""
     held_out: float = 0.0
     """Fraction of the images kept apart, by their content, for a validation loss; 0: none."""
+    set_remainder: Literal["refuse", "drop"] = "refuse"
+    """Of a class whose number of training images the size of a set does not divide: refuse, or drop what is over."""
     num_synthetic: int = 1024
     """Examples of synthetic data."""
     frontend: str | None = None
@@ -161,7 +163,7 @@ class TrainConfig(WorkloadConfig):
     def _check_choices(self) -> None:
         hints = get_type_hints(TrainConfig)
         validate.one_of("method", self.method, METHODS)
-        for name in ("sampling", "lr_schedule", "dtype", "device", "sharding", "tracker"):
+        for name in ("set_remainder", "sampling", "lr_schedule", "dtype", "device", "sharding", "tracker"):
             validate.one_of(name, getattr(self, name), get_args(hints[name]))
         if self.optimizer is not None:
             validate.one_of("optimizer", self.optimizer, ("adamw", "adam", "sgd"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_dp.data import Examples, Images, digits, image_folder, mnist, sets_of, split, synthetic
+from dit_dp.data.sets import Remainder
 from dit_dp.errors import UsageError
 from dit_dp.trainer.config import BUNDLED, TrainConfig
 from dit_dp.workloads import WorkloadSpec
@@ -54,8 +55,8 @@ def open_data(config: TrainConfig, spec: WorkloadSpec, cache: Path, device: torc
     if size is None:
         return RunData(train=train, held_out=apart, digest=train.digest, decode=decode)
     return RunData(
-        train=_sets(train, cache, size),
-        held_out=None if apart is None else _sets(apart, cache, size),
+        train=_sets(train, cache, size, config.set_remainder),
+        held_out=None if apart is None else _sets(apart, cache, size, "drop"),
         digest=train.digest,
     )
 
@@ -68,13 +69,13 @@ def _apart(images: Images, fraction: float) -> tuple[Images, Images]:
         raise UsageError(f"held_out: {str(error).partition(': ')[2]}") from error
 
 
-def _sets(images: Images, cache: Path, size: int) -> Examples:
+def _sets(images: Images, cache: Path, size: int, remainder: Remainder) -> Examples:
     """Return the sets of images, as they were partitioned first."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"output_dir: cannot make {cache}: {error.strerror or error}") from error
-    return sets_of(images, cache / f"sets-{images.digest[:12]}-{size}.json", set_size=size)
+    return sets_of(images, cache / f"sets-{images.digest[:12]}-{size}.json", set_size=size, remainder=remainder)
 
 
 def _images(

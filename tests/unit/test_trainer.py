@@ -41,6 +41,13 @@ TINY: dict[str, Any] = {
     "device": "cpu",
 }
 
+SETS: dict[str, Any] = {
+    "workload": "set",
+    "model": "Set/2",
+    "num_classes": None,
+    "model_options": ("sample_size=3",),
+}
+
 
 def tiny(folder: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**{**TINY, "output_dir": folder, **changes})
@@ -142,6 +149,8 @@ def test_what_is_not_private_says_so(tmp_path: Path, changes: dict[str, Any], sa
         ({"in_channels": 4, "image_size": 64}, "frontend: got None"),
         ({"frontend": "vae", "workload": "panda", "model": "Panda/4", "num_classes": None}, "takes pixels"),
         ({"weights": Path("nowhere.pt")}, "nowhere.pt"),
+        (SETS, "each class (9 of 1797 would be in no set: class 0 has 178, 1 over"),
+        ({"set_remainder": "leave"}, "set_remainder: got 'leave'; accepted: refuse, drop"),
         ({"weights_are_public": True}, "weights_are_public: got True"),
         ({"tracker": "tensorboard", "insecure_seed": -1}, "insecure_seed: got -1"),
     ],
@@ -152,6 +161,12 @@ def test_a_mistake_is_one_line_and_nothing_is_left(tmp_path: Path, changes: dict
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.rglob("ledger.jsonl"))
+
+
+def test_sets_that_leave_images_out_are_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tiny(tmp_path, **SETS, steps=1, set_remainder="drop"))
+    assert "images are in no set of 3" in caplog.text
+    assert json.loads((only_run(tmp_path) / "summary.json").read_text())["num_units"] == 596
 
 
 def test_a_missing_gpu_is_named(tmp_path: Path) -> None:
@@ -324,8 +339,18 @@ def test_a_tracker_is_told_everything_once(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("dit_dp.trainer.run.check_tracker", lambda kind: None)
     monkeypatch.setattr("dit_dp.trainer.run.make_tracker", lambda *asked: Told())
-    sizes = {"workload": "set", "model": "Set/2", "num_classes": None, "model_options": ("sample_size=3",)}
-    run(tiny(tmp_path, **sizes, steps=2, batch_size=4, held_out=0.1, num_samples=2, tracker="tensorboard"))
+    run(
+        tiny(
+            tmp_path,
+            **SETS,
+            set_remainder="drop",
+            steps=2,
+            batch_size=4,
+            held_out=0.1,
+            num_samples=2,
+            tracker="tensorboard",
+        )
+    )
     assert {line for line in told if line.startswith("scalars")} == {"scalars 1 True", "scalars 2 True"}
     assert told[0] == "graph"
     assert told.count("graph") == 1
