@@ -92,7 +92,13 @@ class ImageSets(Examples):
 
 
 def sets_of(
-    images: Images, path: Path | str, *, set_size: int, seed: int = 0, remainder: Remainder = "refuse"
+    images: Images,
+    path: Path | str,
+    *,
+    set_size: int,
+    seed: int = 0,
+    remainder: Remainder = "refuse",
+    write: bool = True,
 ) -> ImageSets:
     """Return the sets of a partition: the file's, or, if there is none yet, one that is made and written there.
 
@@ -103,6 +109,7 @@ def sets_of(
         seed: Of the order within a class.
         remainder: Of a class whose number of images M does not divide: ``refuse`` raises; ``drop`` leaves its last
             ones out, counts and logs them.
+        write: Whether a new partition is kept; not by who only counts sets.
 
     Raises:
         UsageError: No set can be formed, images would be left out under ``refuse``, or the file is of another
@@ -125,7 +132,7 @@ def sets_of(
         raise _indivisible(images, partition)
     if partition.num_left_out:
         log.warning("sets: %d of %d images are in no set of %d", partition.num_left_out, len(images), set_size)
-    if not file.exists():
+    if write and not file.exists():
         _save(partition, file)
     return ImageSets(images, partition)
 

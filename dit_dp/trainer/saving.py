@@ -82,6 +82,17 @@ def refuse_spent(config: TrainConfig) -> None:
         raise UsageError.for_value("weights", str(config.weights), "public weights", fix)
 
 
+def named_run(name: str) -> Path:
+    """Return the folder of a run that is to go on.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not (Path(name) / "config.json").is_file():
+        raise UsageError.for_value("resume", name, "auto, or the folder of a run")
+    return Path(name)
+
+
 def newest(folder: Path) -> checkpoints.Checkpoint | None:
     """Return the newest whole checkpoint of a run, or `None`."""
     path = checkpoints.latest(folder / FOLDER)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from dit_dp import train
 from dit_dp.console import parse
@@ -17,6 +18,7 @@ from dit_dp.errors import UsageError
 from dit_dp.privacy import Ledger, Mechanism, epsilon
 from dit_dp.trainer.budget import plan_budget
 from dit_dp.trainer.config import TrainConfig
+from dit_dp.trainer.dry import check_run
 from dit_dp.trainer.interrupts import STOPS
 from dit_dp.trainer.rates import learning_rate_at
 from dit_dp.trainer.recipes import load_recipe, recipe_names, with_recipe
@@ -156,10 +158,11 @@ def test_what_is_not_private_says_so(tmp_path: Path, changes: dict[str, Any], sa
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_left(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError) as raised:
-        run(tiny(tmp_path / "runs", **changes))
-    assert said in str(raised.value)
-    assert "\n" not in str(raised.value)
+    for dry_run in (False, True):
+        with pytest.raises(UsageError) as raised:
+            run(tiny(tmp_path / "runs", dry_run=dry_run, **changes))
+        assert said in str(raised.value)
+        assert "\n" not in str(raised.value)
     assert not list(tmp_path.rglob("ledger.jsonl"))
 
 
@@ -309,12 +312,43 @@ def test_a_command_line_mistake_has_exit_code_2(tmp_path: Path, capsys: pytest.C
     assert lines[0].startswith("dit-dp: error: epsilon: got None")
 
 
-def test_a_dry_run_says_what_would_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tiny(tmp_path / "runs", epsilon=8.0, noise_multiplier=None, dry_run=True))
+@pytest.mark.parametrize("changes", [{}, {**SETS, "set_remainder": "drop", "held_out": 0.1}], ids=["images", "sets"])
+def test_a_dry_run_says_what_would_be_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]
+) -> None:
+    run(tiny(tmp_path / "runs", epsilon=8.0, noise_multiplier=None, dry_run=True, **changes))
     said = capsys.readouterr().out
     assert "noise multiplier" in said
     assert "delta 1e-05" in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_encodes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    run(tiny(tmp_path / "runs", in_channels=4, image_size=64, frontend=str(tmp_path / "vae"), dry_run=True))
+    assert "input 4 x 8 x 8" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"vae"}
+
+
+@pytest.mark.parametrize("train", ["x2", "encoder_then_full(2)"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_dry_run_is_refused_where_the_run_is(tmp_path: Path, train: str, alone: bool) -> None:
+    config, said = tiny(tmp_path / "runs", train=train), []
+    with pytest.raises(UsageError, match=r"^group of DiT: got ") as raised:
+        run(config)
+    said.append(str(raised.value))
+    with pytest.raises(UsageError) as raised:
+        check_run(config, config.spec, alone=alone)
+    said.append(str(raised.value))
+    with pytest.raises(UsageError) as raised:
+        run(replace(config, dry_run=True))
+    assert {*said, str(raised.value)} == {said[0]}
 
 
 def test_a_tracker_is_told_everything_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
