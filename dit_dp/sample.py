@@ -30,8 +30,8 @@ class SampleArgs:
 
     checkpoint: Path
     """Folder of a training run, of which the newest checkpoint is taken, or of one checkpoint."""
-    output: Path
-    """Folder of what is written."""
+    output: Path | None = None
+    """Folder of what is written; default: a new one in the run's, samples-step-00001234, with a number if need be."""
     weights: Path | None = None
     """What the run started from, where its checkpoint keeps only what trained; default: what the run says."""
     num_samples: int = 16
@@ -111,15 +111,11 @@ def load_for_sampling(path: Path, weights: Path | None = None) -> Trained:
         UsageError: No checkpoint there, a damaged one, one of another version, or other base weights than the run's.
     """
     from dit_dp.trainer.saving import base_model
-    from dit_dp.training.checkpoint import latest, load, load_trained
-    from dit_dp.training.checkpoint_state import STATE
+    from dit_dp.training.checkpoint import load, load_trained
     from dit_dp.training.groups import add_lora
     from dit_dp.workloads import stored_spec
 
-    folders = [folder for folder in (path, path / "checkpoints") if folder.is_dir()]
-    found = path if (path / STATE).exists() else next((new for f in folders if (new := latest(f))), None)
-    if found is None:
-        raise UsageError.for_value("checkpoint", str(path), "a folder that is, or has, a whole checkpoint")
+    found = _checkpoint_of(path)
     checkpoint = load(found)
     spec = stored_spec(checkpoint.state.spec)
     model = base_model(spec, found, weights)
@@ -127,6 +123,41 @@ def load_for_sampling(path: Path, weights: Path | None = None) -> Trained:
         add_lora(model, spec.schedule.lora_rank)
     load_trained(model, checkpoint, averaged=False)
     return Trained(spec=spec, model=model, averages=checkpoint.averages or {})
+
+
+def _checkpoint_of(path: Path) -> Path:
+    """Return the folder of the checkpoint that a path means: itself, or the newest below it."""
+    from dit_dp.training.checkpoint import latest
+    from dit_dp.training.checkpoint_state import STATE
+
+    if (path / STATE).exists():
+        return path
+    for folder in (path, path / "checkpoints"):
+        newest = latest(folder) if folder.is_dir() else None
+        if newest is not None:
+            return newest
+    raise UsageError.for_value("checkpoint", str(path), "a folder that is, or has, a whole checkpoint")
+
+
+def _run_of(checkpoint: Path) -> Path:
+    """Return the folder of the run that a checkpoint is of, or the one that it is in."""
+    parent = checkpoint.resolve().parent
+    return parent.parent if parent.name == "checkpoints" else parent
+
+
+def _new_folder(checkpoint: Path) -> Path:
+    """Make and return a folder for samples of a checkpoint beside it: the first of its name that is not there yet."""
+    name, count = f"samples-{checkpoint.resolve().name}", 1
+    while True:
+        folder = _run_of(checkpoint) / (name if count == 1 else f"{name}-{count}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            count += 1
+        except OSError as error:
+            raise UsageError(f"output: cannot make {folder}: {error.strerror or error}") from error
+        else:
+            return folder
 
 
 def run_sample(args: SampleArgs, load: "Callable[[Path], Trained] | None" = None) -> list[Path]:
@@ -149,8 +180,9 @@ def run_sample(args: SampleArgs, load: "Callable[[Path], Trained] | None" = None
     from dit_dp.workloads import input_shape
 
     device = _device(args.device)
-    _check_writable(args.output)
-    trained = (load or partial(load_for_sampling, weights=args.weights))(args.checkpoint)
+    checkpoint = args.checkpoint if args.output is not None else _checkpoint_of(args.checkpoint)
+    _check_writable(args.output or _run_of(checkpoint))
+    trained = (load or partial(load_for_sampling, weights=args.weights))(checkpoint)
     spec = trained.spec
     config = _config(args, spec)
     labels, context = _labels(args, spec), _context(args, spec)
@@ -171,7 +203,7 @@ def run_sample(args: SampleArgs, load: "Callable[[Path], Trained] | None" = None
         )
         # As pixels, of which 50,000 of 256 x 256 take 10 GB and not 40.
         pixels = torch.cat([to_uint8(part) for part in _logged(parts, args.num_samples)])
-    return _write(args, pixels, labels)
+    return _write(args, args.output or _new_folder(checkpoint), pixels, labels)
 
 
 def sample(args: SampleArgs) -> int:
@@ -300,13 +332,13 @@ def _check_writable(folder: Path) -> None:
         raise UsageError(f"output: cannot write into {folder}: {error.strerror or error}") from error
 
 
-def _write(args: SampleArgs, pixels: "Tensor", labels: "Tensor | None") -> list[Path]:
+def _write(args: SampleArgs, output: Path, pixels: "Tensor", labels: "Tensor | None") -> list[Path]:
     """Write what was asked for and return the paths."""
     from dit_dp.sampling import save_grid, save_images, save_npz
 
-    written = [save_grid(pixels[:GRID_SAMPLES], args.output / "grid.png")]
+    written = [save_grid(pixels[:GRID_SAMPLES], output / "grid.png")]
     if args.npz:
-        written.append(save_npz(pixels, args.output / "samples.npz", labels))
+        written.append(save_npz(pixels, output / "samples.npz", labels))
     if args.images:
-        written.append(save_images(pixels, args.output / "images", labels))
+        written.append(save_images(pixels, output / "images", labels))
     return written

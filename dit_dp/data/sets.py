@@ -30,8 +30,9 @@ from dit_dp.files import write_whole
 
 log = logging.getLogger(__name__)
 
-Remainder = Literal["leave", "refuse"]
-REMAINDERS: tuple[Remainder, ...] = ("leave", "refuse")
+Remainder = Literal["refuse", "drop"]
+REMAINDERS: tuple[Remainder, ...] = ("refuse", "drop")
+_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,13 @@ class ImageSets(Examples):
 
 
 def sets_of(
-    images: Images, path: Path | str, *, set_size: int, seed: int = 0, remainder: Remainder = "leave"
+    images: Images,
+    path: Path | str,
+    *,
+    set_size: int,
+    seed: int = 0,
+    remainder: Remainder = "refuse",
+    write: bool = True,
 ) -> ImageSets:
     """Return the sets of a partition: the file's, or, if there is none yet, one that is made and written there.
 
@@ -100,8 +107,9 @@ def sets_of(
         path: JSON file of the partition, which belongs to the data from then on.
         set_size: M, at least 2.
         seed: Of the order within a class.
-        remainder: Of a class whose images M does not divide: ``leave`` leaves its last ones out, counts and logs
-            them; ``refuse`` raises.
+        remainder: Of a class whose number of images M does not divide: ``refuse`` raises; ``drop`` leaves its last
+            ones out, counts and logs them.
+        write: Whether a new partition is kept; not by who only counts sets.
 
     Raises:
         UsageError: No set can be formed, images would be left out under ``refuse``, or the file is of another
@@ -118,17 +126,26 @@ def sets_of(
             raise UsageError(f"sets: the partition {file} has numbers of images that are not there")
     else:
         partition = _form(images, set_size, seed)
-    if remainder == "refuse" and partition.num_left_out:
-        fix = "or remainder='leave'"
-        accepted = "a size that divides the number of images of every class"
-        raise UsageError.for_value("set_size", set_size, f"{accepted} ({partition.num_left_out} are over)", fix)
     if not partition.sets:
         raise UsageError.for_value("set_size", set_size, "at most the number of images of the largest class")
+    if remainder == "refuse" and partition.num_left_out:
+        raise _indivisible(images, partition)
     if partition.num_left_out:
         log.warning("sets: %d of %d images are in no set of %d", partition.num_left_out, len(images), set_size)
-    if not file.exists():
+    if write and not file.exists():
         _save(partition, file)
     return ImageSets(images, partition)
+
+
+def _indivisible(images: Images, partition: Partition) -> UsageError:
+    """Return what says which classes the size of a set does not divide, and how many images are over."""
+    size = partition.set_size
+    counts = enumerate(images.labels.bincount().tolist())
+    uneven = [f"class {label} has {count}, {count % size} over" for label, count in counts if count % size]
+    uneven[_SHOWN:] = [f"{len(uneven) - _SHOWN} more classes"] if len(uneven) > _SHOWN else []
+    over = f"{partition.num_left_out} of {len(images)} would be in no set: {', '.join(uneven)}"
+    accepted = f"a size that divides the number of images of each class ({over})"
+    return UsageError.for_value("set_size", size, accepted, "or set_remainder=drop, which leaves them out")
 
 
 def _form(images: Images, set_size: int, seed: int) -> Partition:

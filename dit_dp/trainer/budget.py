@@ -98,4 +98,7 @@ def claim(config: TrainConfig, spec: WorkloadSpec, num_units: int, mechanisms: l
         num_units=num_units,
         sampling=config.sampling,
     )
-    return str(statement)
+    if config.weights is None:
+        return str(statement)
+    said = "said to be public by --weights-are-public" if config.weights_are_public else "taken for public"
+    return f"{statement}; not covered: the weights that it started from, {said}"

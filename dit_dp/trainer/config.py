@@ -37,6 +37,8 @@ class TrainConfig(WorkloadConfig):
     """Leave out images of a folder that cannot be read."""
     held_out: float = 0.0
     """Fraction of the images kept apart, by their content, for a validation loss; 0: none."""
+    set_remainder: Literal["refuse", "drop"] = "refuse"
+    """Of a class whose number of training images the size of a set does not divide: refuse, or drop what is over."""
     num_synthetic: int = 1024
     """Examples of synthetic data."""
     frontend: str | None = None
@@ -47,6 +49,8 @@ class TrainConfig(WorkloadConfig):
     """Folder of encoded data; default: next to the run's."""
     weights: Path | None = None
     """Weights to start from: a published checkpoint (.pt, .safetensors), or a run's checkpoint folder."""
+    weights_are_public: bool = False
+    """Of weights from a run's checkpoint: say that what trained them was public, so that epsilon need not cover it."""
     # --- privacy
     epsilon: float | None = None
     """Budget; the noise multiplier follows from it, and training stops before the step that would exceed it."""
@@ -159,7 +163,7 @@ class TrainConfig(WorkloadConfig):
     def _check_choices(self) -> None:
         hints = get_type_hints(TrainConfig)
         validate.one_of("method", self.method, METHODS)
-        for name in ("sampling", "lr_schedule", "dtype", "device", "sharding", "tracker"):
+        for name in ("set_remainder", "sampling", "lr_schedule", "dtype", "device", "sharding", "tracker"):
             validate.one_of(name, getattr(self, name), get_args(hints[name]))
         if self.optimizer is not None:
             validate.one_of("optimizer", self.optimizer, ("adamw", "adam", "sgd"))
@@ -210,6 +214,8 @@ class TrainConfig(WorkloadConfig):
         if self.sharding == "fsdp2" and not METHODS[self.method].sharded:
             names = [name for name, method in METHODS.items() if method.sharded]
             raise UsageError.for_value("sharding", self.sharding, "ddp", f"or a method that runs on shards: {names}")
+        if self.weights_are_public and self.weights is None:
+            raise UsageError.for_value("weights_are_public", True, "False", "there are no weights to say it of")
         if self.frontend is None and self.frontend_statistics is not None:
             raise UsageError.for_value("frontend_statistics", self.frontend_statistics, "None", "there is no frontend")
         if self.frontend is not None and self.spec.workload.frontend is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_dp.data import Examples, Images, digits, image_folder, mnist, sets_of, split, synthetic
+from dit_dp.data.sets import Remainder
 from dit_dp.errors import UsageError
 from dit_dp.trainer.config import BUNDLED, TrainConfig
 from dit_dp.workloads import WorkloadSpec
@@ -36,6 +37,8 @@ class RunData:
 def open_data(config: TrainConfig, spec: WorkloadSpec, cache: Path, device: torch.device) -> RunData:
     """Return the data of a run.
 
+    Of a dry run, units are numbered as they would be, but nothing is written and pixels stand for latents.
+
     Args:
         config: What was asked for.
         spec: Which inputs the model takes.
@@ -54,8 +57,8 @@ def open_data(config: TrainConfig, spec: WorkloadSpec, cache: Path, device: torc
     if size is None:
         return RunData(train=train, held_out=apart, digest=train.digest, decode=decode)
     return RunData(
-        train=_sets(train, cache, size),
-        held_out=None if apart is None else _sets(apart, cache, size),
+        train=_sets(train, cache, size, config.set_remainder, write=not config.dry_run),
+        held_out=None if apart is None else _sets(apart, cache, size, "drop", write=not config.dry_run),
         digest=train.digest,
     )
 
@@ -68,13 +71,15 @@ def _apart(images: Images, fraction: float) -> tuple[Images, Images]:
         raise UsageError(f"held_out: {str(error).partition(': ')[2]}") from error
 
 
-def _sets(images: Images, cache: Path, size: int) -> Examples:
+def _sets(images: Images, cache: Path, size: int, remainder: Remainder, *, write: bool) -> Examples:
     """Return the sets of images, as they were partitioned first."""
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        if write:
+            cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"output_dir: cannot make {cache}: {error.strerror or error}") from error
-    return sets_of(images, cache / f"sets-{images.digest[:12]}-{size}.json", set_size=size)
+    file = cache / f"sets-{images.digest[:12]}-{size}.json"
+    return sets_of(images, file, set_size=size, remainder=remainder, write=write)
 
 
 def _images(
@@ -102,6 +107,8 @@ def _images(
         accepted = f"latents of {channels} x {side}, which the model takes"
         raise UsageError.for_value("frontend", f"{config.frontend}: {got}", accepted)
     pixels = _pixels(config, spec.image_size, frontend.image_channels)
+    if config.dry_run:
+        return pixels, None
     folder = config.latent_cache or cache / f"latents-{pixels.digest[:12]}-{frontend.weights[:12]}-{spec.image_size}"
     return encode_data(pixels, frontend, folder), frontend.decode
 

@@ -18,12 +18,13 @@ from dit_dp.errors import UsageError
 from dit_dp.trainer.budget import Budget, plan_budget
 from dit_dp.trainer.config import TrainConfig
 from dit_dp.trainer.data import RunData, open_data
+from dit_dp.trainer.dry import check_run
 from dit_dp.trainer.folder import NOT_PRIVATE, RunLog, new_run, newest_run, run_label, write_json
 from dit_dp.trainer.grids import draw_grid
 from dit_dp.trainer.interrupts import waiting
 from dit_dp.trainer.meter import StepClock, peak_memory_bytes
 from dit_dp.trainer.progress import Progress
-from dit_dp.trainer.saving import newest, refuse_spent, save, starting_model
+from dit_dp.trainer.saving import named_run, newest, refuse_spent, save, starting_model
 from dit_dp.trainer.tracker import Tracker, check_tracker, make_tracker
 from dit_dp.trainer.trainer import GIB, Trainer
 from dit_dp.trainer.validation import example_inputs, held_out_contexts, validation_loss
@@ -72,6 +73,7 @@ class Run:
     def go(self) -> int:
         """Train to the end; return the exit code."""
         if self.config.dry_run:
+            self.world.first(partial(check_run, self.config, self.spec, alone=self.world.group is None))
             if self.world.leads:
                 sys.stdout.write(describe(self.config, self.spec, self._budget))
             return 0
@@ -116,7 +118,6 @@ class Run:
         """Return the trainer, at its first step or at that of the checkpoint it goes on from; makes the folder."""
         if self.world.leads:
             check_tracker(self.config.tracker)
-        refuse_spent(self.config, self._data.digest)
         model = starting_model(self.config, self.spec)
         self.folder, going_on = self._folder()
         try:
@@ -130,6 +131,7 @@ class Run:
     def _open(self) -> tuple[RunData, Budget]:
         """Return the data and what the run will do; the first process makes what is made once."""
         config, world = self.config, self.world
+        world.first(partial(refuse_spent, config))
         make = partial(open_data, config, self.spec, config.output_dir / "cache", world.device)
         data = world.first(make) or make()
         self._require_same(data)
@@ -146,10 +148,7 @@ class Run:
         """Return the run's folder, and whether it is one to go on with."""
         config = self.config
         if config.resume not in (None, "auto"):
-            folder = Path(config.resume or "")
-            if not (folder / "config.json").is_file():
-                raise UsageError.for_value("resume", config.resume, "auto, or the folder of a run")
-            return folder, True
+            return named_run(config.resume or ""), True
         folder, going_on = self.world.shared(self.world.first(self._own_folder))
         return folder, going_on
 
@@ -240,6 +239,7 @@ class Run:
                 "unit": trainer.budget.unit,
                 "num_units": trainer.budget.num_units,
                 "claim": trainer.claim(),
+                "weights_are_public": self.config.weights_are_public,
                 "seconds": seconds,
                 "step_time_s": statistics.median(times) if times else None,
                 "peak_memory_bytes": peak_memory_bytes(self.world.device),

@@ -15,7 +15,7 @@ from dit_dp.models.weights import diffusers_to_reference
 from dit_dp.privacy import Position
 from dit_dp.trainer.config import TrainConfig
 from dit_dp.training import checkpoint as checkpoints
-from dit_dp.training.checkpoint_files import inspect
+from dit_dp.training.checkpoint_state import STATE
 from dit_dp.training.groups import members
 from dit_dp.workloads import WorkloadSpec, build_model
 
@@ -59,17 +59,38 @@ def _with_weights(spec: WorkloadSpec, weights: Path | None) -> nn.Module:
     return model
 
 
-def refuse_spent(config: TrainConfig, data_sha256: str) -> None:
-    """Refuse a claim on weights of another run that was trained on the same data: its epsilon would be left out.
+def refuse_spent(config: TrainConfig) -> None:
+    """Refuse a private run on weights of another run's checkpoint: epsilon would leave out what they cost.
+
+    It does not matter whether that run was private, nor on which data, as far as can be told: a subset, another order
+    or size of the same images has another digest. `weights_are_public` says that its data was public.
+
+    **Edge cases**: a file counts as the checkpoint's whose ``state.json`` is beside it, also through a link; a copy of
+    the file alone cannot be told from published weights.
 
     Raises:
         UsageError: They are such.
     """
-    if not config.private or config.weights is None or not config.weights.is_dir():
+    if not config.private or config.weights is None or config.weights_are_public:
         return
-    if inspect(config.weights).state.data_sha256 == data_sha256:
-        fix = "these were trained on the same data, and a run's ledger charges its own steps alone; resume that run"
-        raise UsageError.for_value("weights", str(config.weights), "weights of other, public data", fix)
+    paths = (config.weights, config.weights.resolve())
+    if any(((path if path.is_dir() else path.parent) / STATE).exists() for path in paths):
+        fix = (
+            "these are of a run's checkpoint, and a ledger charges its own run's steps alone: resume that run, or, if "
+            "its data was public, say --weights-are-public"
+        )
+        raise UsageError.for_value("weights", str(config.weights), "public weights", fix)
+
+
+def named_run(name: str) -> Path:
+    """Return the folder of a run that is to go on.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not (Path(name) / "config.json").is_file():
+        raise UsageError.for_value("resume", name, "auto, or the folder of a run")
+    return Path(name)
 
 
 def newest(folder: Path) -> checkpoints.Checkpoint | None:

@@ -58,12 +58,11 @@ def _dataset_size(config: TrainConfig, said: str | None) -> int:
         raise UsageError.for_value("dataset_size", None, "the number of units that are trained on", fix)
     if said == "synthetic":
         return config.num_synthetic
-    import tempfile
-    from pathlib import Path
+    from dataclasses import replace
 
     import torch
 
     from dit_dp.trainer.data import open_data
 
-    with tempfile.TemporaryDirectory() as folder:
-        return len(open_data(config, config.spec, Path(folder), torch.device("cpu")).train)
+    counted = replace(config, dry_run=True)  # nothing is written
+    return len(open_data(counted, config.spec, config.output_dir, torch.device("cpu")).train)

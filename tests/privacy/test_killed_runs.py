@@ -19,6 +19,8 @@ KILLS = 50
 SAMPLE = 2
 SEED = 20261124
 TIMEOUT_S = 120.0
+MOST_LINES = 40
+"""Of a witness before a kill: a third of a run's, so that a run is alive at most of them."""
 
 
 def told(witness: Path) -> list[dict[str, object]]:
@@ -32,17 +34,21 @@ def start(folder: Path, witness: Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def kill_at(process: "subprocess.Popen[bytes]", witness: Path, lines: int, extra_s: float) -> None:
-    """Kill a process some time after the witness has grown by so many lines."""
+def killed_at(process: "subprocess.Popen[bytes]", witness: Path, lines: int, extra_s: float) -> bool:
+    """Kill a process some time after the witness has grown by so many lines.
+
+    Returns:
+        Whether it was killed; `False`: it had come to its end before.
+    """
     before, deadline = len(told(witness)), time.monotonic() + TIMEOUT_S
     while len(told(witness)) < before + lines and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.001)
     time.sleep(extra_s)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.stderr is not None
-    process.stderr.close()
+    process.kill()
+    _, errors = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), errors.decode()[-2000:]
+    return process.returncode == -signal.SIGKILL
 
 
 def check(folder: Path, witness: Path) -> None:
@@ -73,15 +79,30 @@ def test_an_undisturbed_run_is_charged_what_it_released(tmp_path: Path) -> None:
 
 
 def killed_and_resumed(tmp_path: Path, kills: int, chance: random.Random) -> None:
-    """Kill a run so many times, then let it end."""
-    folder, witness = tmp_path / "runs", tmp_path / "witness"
-    for _ in range(kills):
-        kill_at(start(folder, witness), witness, chance.randrange(40), chance.random() * 0.02)
-        if list(folder.glob("*/ledger.jsonl")) and told(witness):
-            check(folder, witness)
-    finish(folder, witness)
-    check(folder, witness)
-    assert sum(line["kind"] == "noise" for line in told(witness)) >= STEPS
+    """Kill runs that are alive so many times, going on after each; after one that came to its end, begin another."""
+    killed, number = 0, 0
+    while killed < kills:
+        folder, witness = tmp_path / f"runs-{number}", tmp_path / f"witness-{number}"
+        while killed < kills and killed_at(
+            start(folder, witness), witness, chance.randrange(1, MOST_LINES), chance.random() * 0.02
+        ):
+            killed += 1
+            if list(folder.glob("*/ledger.jsonl")) and told(witness):
+                check(folder, witness)
+        finish(folder, witness)
+        check(folder, witness)
+        assert sum(line["kind"] == "noise" for line in told(witness)) >= STEPS
+        number += 1
+        assert number <= kills, "most runs come to their end: kill earlier"
+
+
+@pytest.mark.parametrize(("program", "alive"), [("", False), ("import time; time.sleep(60)", True)])
+def test_only_what_is_alive_is_killed(tmp_path: Path, program: str, alive: bool) -> None:
+    witness = tmp_path / "witness"
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
+    if not alive:
+        process.wait()
+    assert killed_at(process, witness, 0, 0.0) is alive
 
 
 def test_killed_runs_go_on_and_pay(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_splits_with_an_empty_side_are_refused(fraction: float) -> None:
 
 def test_sets_are_of_one_class_and_no_image_is_in_two(root: Path, tmp_path: Path) -> None:
     images = image_folder(root, size=8)
-    sets = sets_of(images, tmp_path / "sets.json", set_size=3)
+    sets = sets_of(images, tmp_path / "sets.json", set_size=3, remainder="drop")
     stored = json.loads((tmp_path / "sets.json").read_text())
     assert (len(sets), sets.num_left_out, stored["num_left_out"]) == (4, 3, 3)
     assert sets.labels.tolist() == [0, 0, 1, 2]
@@ -158,7 +158,7 @@ def test_sets_are_of_one_class_and_no_image_is_in_two(root: Path, tmp_path: Path
 
 def test_sets_and_images_are_what_objectives_draw_from(root: Path, tmp_path: Path) -> None:
     images, generator = image_folder(root, size=8), torch.Generator().manual_seed(0)
-    sets = sets_of(images, tmp_path / "sets.json", set_size=3)
+    sets = sets_of(images, tmp_path / "sets.json", set_size=3, remainder="drop")
     batch = Objective(ObjectiveConfig(set_size=3)).draw(*sets.rows(2, generator), generator)
     assert batch["x0"].shape == (6, 3, 8, 8)
     for data in (images, digits(size=16)):
@@ -170,7 +170,7 @@ def test_sets_and_images_are_what_objectives_draw_from(root: Path, tmp_path: Pat
 
 def test_where_an_image_stands_does_not_depend_on_others_or_on_names(root: Path, tmp_path: Path) -> None:
     def contents(images: Images, name: str) -> list[frozenset[str]]:
-        sets_of(images, tmp_path / name, set_size=3)
+        sets_of(images, tmp_path / name, set_size=3, remainder="drop")
         digests = images.digests()
         return [frozenset(digests[n] for n in members) for members in json.loads((tmp_path / name).read_text())["sets"]]
 
@@ -182,9 +182,9 @@ def test_where_an_image_stands_does_not_depend_on_others_or_on_names(root: Path,
 
 def test_a_partition_is_read_again_and_no_other_is_formed(root: Path, tmp_path: Path) -> None:
     images, file = image_folder(root, size=8), tmp_path / "sets.json"
-    sets_of(images, file, set_size=3, seed=1)
+    sets_of(images, file, set_size=3, seed=1, remainder="drop")
     before = file.read_bytes()
-    assert len(sets_of(image_folder(root, size=4), file, set_size=3, seed=1)) == 4
+    assert len(sets_of(image_folder(root, size=4), file, set_size=3, seed=1, remainder="drop")) == 4
     for change, message in (
         ({"seed": 2}, r"^sets: seed: got 2; accepted: 1; .*formed anew, an image would be in several over time"),
         ({"set_size": 2}, r"^sets: set_size: got 2; accepted: 3"),
@@ -192,7 +192,7 @@ def test_a_partition_is_read_again_and_no_other_is_formed(root: Path, tmp_path: 
         with pytest.raises(UsageError, match=message):
             sets_of(images, file, **{"set_size": 3, "seed": 1, **change})
     with pytest.raises(UsageError, match=r"^sets: data: got "):
-        sets_of(images.subset(range(14)), file, set_size=3, seed=1)
+        sets_of(images.subset(range(14)), file, set_size=3, seed=1, remainder="drop")
     assert file.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"images", "sets.json"}
 
@@ -200,7 +200,7 @@ def test_a_partition_is_read_again_and_no_other_is_formed(root: Path, tmp_path: 
 def test_seeds_order_images_differently(root: Path, tmp_path: Path) -> None:
     images = image_folder(root, size=8)
     for seed in (0, 1):
-        sets_of(images, tmp_path / f"{seed}.json", set_size=3, seed=seed)
+        sets_of(images, tmp_path / f"{seed}.json", set_size=3, seed=seed, remainder="drop")
     assert (tmp_path / "0.json").read_text() != (tmp_path / "1.json").read_text().replace('"seed": 1', '"seed": 0')
 
 
@@ -208,17 +208,18 @@ def test_sets_that_leave_images_out_say_so_or_are_refused(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     images, file = image_folder(root, size=8), tmp_path / "sets.json"
-    with pytest.raises(UsageError, match=r"^set_size: got 3; accepted: a size that divides .*\(3 are over\)"):
-        sets_of(images, file, set_size=3, remainder="refuse")
+    numbers = r"\(3 of 15 would be in no set: class 0 has 7, 1 over, class 1 has 5, 2 over\); or set_remainder=drop"
+    with pytest.raises(UsageError, match=rf"^set_size: got 3; accepted: a size that divides .*{numbers}"):
+        sets_of(images, file, set_size=3)
     with pytest.raises(UsageError, match=r"^set_size: got 8; accepted: at most the number of images of the largest"):
         sets_of(images, file, set_size=8)
     with pytest.raises(UsageError, match=r"^set_size: got 1; accepted: an integer >= 2"):
         sets_of(images, file, set_size=1)
     assert not file.exists()
-    sets_of(images, file, set_size=3)
+    sets_of(images, file, set_size=3, remainder="drop")
     assert "3 of 15 images are in no set of 3" in caplog.text
     with pytest.raises(UsageError, match=r"^set_size: got 3"):
-        sets_of(images, file, set_size=3, remainder="refuse")
+        sets_of(images, file, set_size=3)
 
 
 @pytest.mark.parametrize(
@@ -235,12 +236,12 @@ def test_files_that_are_no_partition_are_refused(
     root: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     images, file = image_folder(root, size=8), tmp_path / "sets.json"
-    sets_of(images, file, set_size=3)
+    sets_of(images, file, set_size=3, remainder="drop")
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(UsageError, match=rf"^sets: .*{message}"):
-        sets_of(images, file, set_size=3)
+        sets_of(images, file, set_size=3, remainder="drop")
     with pytest.raises(UsageError, match=r"^sets: cannot write the partition"):
-        sets_of(images, tmp_path / "no folder" / "sets.json", set_size=3)
+        sets_of(images, tmp_path / "no folder" / "sets.json", set_size=3, remainder="drop")
 
 
 def test_rows_are_drawn_as_ever() -> None:

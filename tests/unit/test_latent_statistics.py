@@ -47,7 +47,7 @@ def test_private_statistics_have_to_be_asked_for_by_name(tmp_path: Path) -> None
         fit_statistics(latents)
     with pytest.raises(UsageError, match=r"^private: got PrivateStatistics.*not both"):
         fit_statistics(latents, public=True, private=PrivateStatistics(noise_multiplier=1.0))
-    sets = sets_of(latents, tmp_path / "sets.json", set_size=2)
+    sets = sets_of(latents, tmp_path / "sets.json", set_size=2, remainder="drop")
     with pytest.raises(UsageError, match=r"^latents: got 'ImageSets'; accepted: images; of sets, statistics must be"):
         fit_statistics(sets, private=PrivateStatistics(noise_multiplier=1.0))  # type: ignore[arg-type]
     for values in ({"noise_multiplier": 0}, {"noise_multiplier": -1.0}, {"noise_multiplier": 1.0, "max_rms": 0}):

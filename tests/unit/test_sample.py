@@ -220,6 +220,24 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert not said.out
 
 
+def test_samples_without_an_output_are_beside_the_run_and_never_over_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpointed(tmp_path / "run" / "checkpoints", PIXELS)
+    checkpointed(tmp_path / "alone", PIXELS, step=4)
+    written = []
+    for place in ("run", "run", "run/checkpoints/step-00000003", "alone"):
+        line = f"--checkpoint {tmp_path / place} --num_samples 2 --cfg_scale 2.0 --steps 2".split()
+        assert guarded(SampleArgs, line, "dit-dp sample", sample, name="dit-dp") == 0
+        written.append(capsys.readouterr().out.strip())
+    wrong = ["--checkpoint", str(tmp_path / "run"), "--classes", "5"]
+    assert guarded(SampleArgs, wrong, "dit-dp sample", sample, name="dit-dp") == 2
+    folders = ["run/samples-step-00000003", "run/samples-step-00000003-2", "run/samples-step-00000003-3"]
+    assert written == [str(tmp_path / folder / "grid.png") for folder in (*folders, "alone/samples-step-00000004")]
+    assert {path.name for path in (tmp_path / "run").glob("samples*")} == {Path(folder).name for folder in folders}
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
 def test_checkpoints_that_are_none_are_refused(tmp_path: Path) -> None:
     checkpointed(tmp_path / "run" / "checkpoints", PIXELS)
     file = tmp_path / "run" / "checkpoints" / "step-00000003" / "ema.safetensors"

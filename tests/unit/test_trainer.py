@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from dit_dp import train
 from dit_dp.console import parse
@@ -17,6 +18,7 @@ from dit_dp.errors import UsageError
 from dit_dp.privacy import Ledger, Mechanism, epsilon
 from dit_dp.trainer.budget import plan_budget
 from dit_dp.trainer.config import TrainConfig
+from dit_dp.trainer.dry import check_run
 from dit_dp.trainer.interrupts import STOPS
 from dit_dp.trainer.rates import learning_rate_at
 from dit_dp.trainer.recipes import load_recipe, recipe_names, with_recipe
@@ -39,6 +41,13 @@ TINY: dict[str, Any] = {
     "num_samples": 0,
     "log_every": 1,
     "device": "cpu",
+}
+
+SETS: dict[str, Any] = {
+    "workload": "set",
+    "model": "Set/2",
+    "num_classes": None,
+    "model_options": ("sample_size=3",),
 }
 
 
@@ -142,15 +151,25 @@ def test_what_is_not_private_says_so(tmp_path: Path, changes: dict[str, Any], sa
         ({"in_channels": 4, "image_size": 64}, "frontend: got None"),
         ({"frontend": "vae", "workload": "panda", "model": "Panda/4", "num_classes": None}, "takes pixels"),
         ({"weights": Path("nowhere.pt")}, "nowhere.pt"),
+        (SETS, "each class (9 of 1797 would be in no set: class 0 has 178, 1 over"),
+        ({"set_remainder": "leave"}, "set_remainder: got 'leave'; accepted: refuse, drop"),
+        ({"weights_are_public": True}, "weights_are_public: got True"),
         ({"tracker": "tensorboard", "insecure_seed": -1}, "insecure_seed: got -1"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_left(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError) as raised:
-        run(tiny(tmp_path / "runs", **changes))
-    assert said in str(raised.value)
-    assert "\n" not in str(raised.value)
+    for dry_run in (False, True):
+        with pytest.raises(UsageError) as raised:
+            run(tiny(tmp_path / "runs", dry_run=dry_run, **changes))
+        assert said in str(raised.value)
+        assert "\n" not in str(raised.value)
     assert not list(tmp_path.rglob("ledger.jsonl"))
+
+
+def test_sets_that_leave_images_out_are_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tiny(tmp_path, **SETS, steps=1, set_remainder="drop"))
+    assert "images are in no set of 3" in caplog.text
+    assert json.loads((only_run(tmp_path) / "summary.json").read_text())["num_units"] == 596
 
 
 def test_a_missing_gpu_is_named(tmp_path: Path) -> None:
@@ -218,12 +237,34 @@ def test_a_stopped_run_keeps_the_steps_that_were_paid_for(tmp_path: Path, number
     assert Ledger.read(only_run(tmp_path) / "ledger.jsonl").num_charges == 4  # none twice
 
 
-def test_weights_that_the_same_data_trained_are_not_claimed_anew(tmp_path: Path) -> None:
-    run(tiny(tmp_path, steps=1))
-    (before,) = (only_run(tmp_path) / "checkpoints").iterdir()
-    with pytest.raises(UsageError, match="its own steps alone"):
-        run(tiny(tmp_path / "again", weights=before))
-    run(tiny(tmp_path / "other", weights=before, steps=1, held_out=0.5))  # other data
+@pytest.mark.parametrize("before", [{}, {"method": "vanilla", "noise_multiplier": None}], ids=["private", "not"])
+def test_weights_of_a_run_are_not_claimed_anew(tmp_path: Path, before: dict[str, Any]) -> None:
+    run(tiny(tmp_path, steps=1, ema_decay=0.9, full_checkpoints=True, **before))
+    (folder,) = (only_run(tmp_path) / "checkpoints").iterdir()
+    link = tmp_path / "published.safetensors"
+    link.symlink_to(folder / "model.safetensors")
+    for weights in (folder, folder / "model.safetensors", folder / "ema.safetensors", link):
+        for changes in ({}, {"held_out": 0.1}, {"data": "synthetic"}, {"dry_run": True}):
+            with pytest.raises(UsageError, match=r"^weights: got .*its own run's steps alone.*--weights-are-public$"):
+                run(tiny(tmp_path / "again", weights=weights, **changes))
+    assert not list((tmp_path / "again").rglob("ledger.jsonl"))
+    run(tiny(tmp_path / "none", weights=folder, steps=1, noise_multiplier=0.0))  # nothing is claimed
+
+
+def test_weights_that_are_said_to_be_public_are_named_beside_the_claim(tmp_path: Path) -> None:
+    run(tiny(tmp_path, steps=1, full_checkpoints=True))
+    (folder,) = (only_run(tmp_path) / "checkpoints").iterdir()
+    said = "not covered: the weights that it started from, said to be public by --weights-are-public"
+    for number, weights in enumerate((folder, folder / "model.safetensors")):
+        run(tiny(tmp_path / str(number), steps=1, weights=weights, weights_are_public=True))
+        summary = json.loads((only_run(tmp_path / str(number)) / "summary.json").read_text())
+        assert summary["weights_are_public"]
+        assert summary["claim"].endswith(said)
+        assert said in (only_run(tmp_path / str(number)) / "log.txt").read_text()
+    copied = tmp_path / "published.safetensors"
+    shutil.copy(folder / "model.safetensors", copied)
+    config = tiny(tmp_path, weights=copied)
+    assert plan_budget(config, config.spec, 1000).claim.endswith("started from, taken for public")
 
 
 def test_steps_from_a_seed_are_never_given_an_epsilon(tmp_path: Path) -> None:
@@ -271,12 +312,43 @@ def test_a_command_line_mistake_has_exit_code_2(tmp_path: Path, capsys: pytest.C
     assert lines[0].startswith("dit-dp: error: epsilon: got None")
 
 
-def test_a_dry_run_says_what_would_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tiny(tmp_path / "runs", epsilon=8.0, noise_multiplier=None, dry_run=True))
+@pytest.mark.parametrize("changes", [{}, {**SETS, "set_remainder": "drop", "held_out": 0.1}], ids=["images", "sets"])
+def test_a_dry_run_says_what_would_be_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]
+) -> None:
+    run(tiny(tmp_path / "runs", epsilon=8.0, noise_multiplier=None, dry_run=True, **changes))
     said = capsys.readouterr().out
     assert "noise multiplier" in said
     assert "delta 1e-05" in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_encodes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    run(tiny(tmp_path / "runs", in_channels=4, image_size=64, frontend=str(tmp_path / "vae"), dry_run=True))
+    assert "input 4 x 8 x 8" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"vae"}
+
+
+@pytest.mark.parametrize("train", ["x2", "encoder_then_full(2)"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_dry_run_is_refused_where_the_run_is(tmp_path: Path, train: str, alone: bool) -> None:
+    config, said = tiny(tmp_path / "runs", train=train), []
+    with pytest.raises(UsageError, match=r"^group of DiT: got ") as raised:
+        run(config)
+    said.append(str(raised.value))
+    with pytest.raises(UsageError) as raised:
+        check_run(config, config.spec, alone=alone)
+    said.append(str(raised.value))
+    with pytest.raises(UsageError) as raised:
+        run(replace(config, dry_run=True))
+    assert {*said, str(raised.value)} == {said[0]}
 
 
 def test_a_tracker_is_told_everything_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,8 +373,18 @@ def test_a_tracker_is_told_everything_once(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("dit_dp.trainer.run.check_tracker", lambda kind: None)
     monkeypatch.setattr("dit_dp.trainer.run.make_tracker", lambda *asked: Told())
-    sizes = {"workload": "set", "model": "Set/2", "num_classes": None, "model_options": ("sample_size=3",)}
-    run(tiny(tmp_path, **sizes, steps=2, batch_size=4, held_out=0.1, num_samples=2, tracker="tensorboard"))
+    run(
+        tiny(
+            tmp_path,
+            **SETS,
+            set_remainder="drop",
+            steps=2,
+            batch_size=4,
+            held_out=0.1,
+            num_samples=2,
+            tracker="tensorboard",
+        )
+    )
     assert {line for line in told if line.startswith("scalars")} == {"scalars 1 True", "scalars 2 True"}
     assert told[0] == "graph"
     assert told.count("graph") == 1
