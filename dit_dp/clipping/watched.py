@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dit_dp.clipping.batch import Batch, LossFn, clip_factors
 from dit_dp.clipping.compiled import compiling, outside_graphs, uncompiled, walking_twice
 from dit_dp.clipping.contributions import Contribution
+from dit_dp.clipping.coverage import covered, refusal
 from dit_dp.clipping.engine import Engine, LayerRule
 from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.lives import Trial
@@ -26,10 +27,6 @@ from dit_dp.clipping.raw import RawParameters, raw_parameters
 from dit_dp.clipping.rules import COUPLED, Rule, rule_for
 from dit_dp.clipping.units import Units, with_zero_units
 from dit_dp.errors import CoupledExamplesError, LossShapeError, UnsupportedModelError, UsageError
-
-HOLDERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-"""Modules of torch's that use no parameter themselves: what they hold is raw."""
-
 
 class WatchedLayer:
     """A covered module, or what stands for one: its name, its rule and the engine that watches it."""
@@ -375,28 +372,6 @@ def _watched_forward(module: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tens
 
 
 _KEPT_OUT = outside_graphs(_watched_forward)
-
-
-def refusal(module: nn.Module) -> str | None:
-    """Return why a module with parameters of its own (or that couples examples) is not covered, or `None`."""
-    if isinstance(module, COUPLED):
-        return "it mixes the examples of a batch; use GroupNorm or LayerNorm"
-    rule = rule_for(module)
-    if rule is not None:
-        made = [n for n in ("weight", "bias") if not isinstance(getattr(module, n, None), nn.Parameter | None)]
-        return f"its {made[0]} is computed, not a parameter; undo the reparametrisation" if made else rule.check(module)
-    if type(module).__module__.startswith("torch.nn.") and not isinstance(module, HOLDERS):
-        names = ", ".join(name for name, p in module.named_parameters(recurse=False) if p.requires_grad)
-        return (
-            f"no rule for {type(module).__name__} with parameters of its own ({names}); "
-            f"build it of Linear, Conv2d, Embedding and norm layers, or freeze them"
-        )
-    return None
-
-
-def covered(module: nn.Module, name: str) -> bool:
-    """Return whether a module's rule covers its parameter of this name; others are raw."""
-    return name in ("weight", "bias") and rule_for(module) is not None
 
 
 def cover(model: nn.Module, engine: WatchedEngine) -> list[WatchedLayer]:
