@@ -1,8 +1,11 @@
 """Which modules layers under watch can stand for, and why not the others."""
 
+from collections.abc import Iterator
+
 from torch import nn
 
-from dit_dp.clipping.rules import COUPLED, rule_for
+from dit_dp.clipping.rules import COUPLED, Rule, rule_for
+from dit_dp.errors import UnsupportedModelError
 
 HOLDERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 """Modules of torch's that use no parameter themselves: what they hold is raw."""
@@ -28,3 +31,20 @@ def refusal(module: nn.Module) -> str | None:
 def covered(module: nn.Module, name: str) -> bool:
     """Return whether a module's rule covers its parameter of this name; others are raw."""
     return name in ("weight", "bias") and rule_for(module) is not None
+
+
+def layers_to_watch(model: nn.Module, method: str) -> Iterator[tuple[str, nn.Module, Rule]]:
+    """Yield the layers whose trainable parameters a rule covers; the model's own modules may hold raw ones.
+
+    Raises:
+        UnsupportedModelError: Some module has none; names it, the reason and the fix.
+    """
+    for name, module in model.named_modules():
+        trains = any(p.requires_grad for p in module.parameters(recurse=False))
+        if isinstance(module, COUPLED) or trains:
+            reason = refusal(module)
+            if reason is not None:
+                raise UnsupportedModelError(f"model: {method} cannot run on layer {name or '(root)'}: {reason}")
+        rule = rule_for(module)
+        if trains and rule is not None:
+            yield name, module, rule
