@@ -56,10 +56,11 @@ def require_attached(
     """
     missing_modules, missing, seen = set(modules), set(parameters), set[nn.Parameter]()
     for prefix, module in model.named_modules():
-        if module is None or modules.get(prefix) is not module:
+        attached = modules.get(prefix)
+        if attached is None or attached is not module:
             raise _changed(f"module {prefix}", "replaced" if prefix in modules else "added")
         missing_modules.discard(prefix)
-        for own, parameter in module._parameters.items():
+        for own, parameter in attached._parameters.items():
             if parameter is None or parameter in seen:  # a tied one goes by its first name
                 continue
             seen.add(parameter)
