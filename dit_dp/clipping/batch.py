@@ -1,6 +1,6 @@
 """A batch is a tuple or a dict of tensors whose first dimension is rows (examples)."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -22,13 +22,25 @@ def num_rows(batch: Batch) -> int:
     """Return the number of rows.
 
     Raises:
-        UsageError: The batch holds no tensor, or its tensors disagree about their first dimension.
+        UsageError: The batch is no tuple or dict of tensors, or these disagree about their first dimension.
     """
+    _check_members(batch)
     sizes = {tensor.shape[0] if tensor.dim() else None for tensor in tensors_of(batch)}
     if len(sizes) != 1 or None in sizes:
         raise UsageError.for_value("batch", sorted(map(str, sizes)), "tensors with one common first dimension")
     size: int = sizes.pop()  # type: ignore[assignment]
     return size
+
+
+def _check_members(batch: object) -> None:
+    """Refuse what is no tuple, list or dict of tensors."""
+    if isinstance(batch, Tensor):
+        raise UsageError.for_value("batch", "a tensor", "a tuple or a dict of tensors", "write (batch,)")
+    if not isinstance(batch, Mapping | Sequence):
+        raise UsageError.for_value("batch", type(batch).__name__, "a tuple or a dict of tensors")
+    for name, tensor in batch.items() if isinstance(batch, Mapping) else enumerate(batch):
+        if not isinstance(tensor, Tensor):
+            raise UsageError.for_value(f"batch[{name!r}]", type(tensor).__name__, "a tensor")
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:

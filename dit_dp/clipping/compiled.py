@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config
 
+from dit_dp.clipping.graph import nodes_of
 from dit_dp.errors import EngineStateError, UnsupportedModelError
 
 P = ParamSpec("P")
@@ -65,7 +66,7 @@ def walking_twice(losses: Tensor, method: str) -> Iterator[None]:
     Raises:
         EngineStateError: A part of the graph was compiled to be walked once; nothing was written over yet.
     """
-    if _donates(losses):
+    if donates(losses):
         raise EngineStateError(
             f"backward: {method} walks the graph twice, and a part of it was compiled to be walked once; call "
             f"accumulate after torch.compiler.reset(), which compiles it for two walks, or use method='bookkeeping'"
@@ -74,16 +75,7 @@ def walking_twice(losses: Tensor, method: str) -> Iterator[None]:
         yield
 
 
-def _donates(losses: Tensor) -> bool:
+def donates(losses: Tensor) -> bool:
     """Return whether a part of a graph was compiled to write over what it saved."""
-    todo, seen = [losses.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        compiled = getattr(node, "_forward_cls", None)
-        if getattr(getattr(compiled, "metadata", None), "bw_donated_idxs", None):
-            return True
-        todo += [following for following, _ in node.next_functions]
-    return False
+    compiled = (getattr(node, "_forward_cls", None) for node in nodes_of(losses))
+    return any(getattr(getattr(each, "metadata", None), "bw_donated_idxs", None) for each in compiled)

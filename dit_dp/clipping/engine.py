@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +13,7 @@ from dit_dp.clipping.batch import Batch, LossFn, check_losses, num_rows, trainab
 from dit_dp.clipping.contributions import HALF
 from dit_dp.clipping.noise import entropy_size, generator_of
 from dit_dp.clipping.ranks import Ranks
+from dit_dp.clipping.unchanged import HeldGradients, require_attached
 from dit_dp.clipping.units import Units
 from dit_dp.errors import EngineStateError, UsageError
 
@@ -40,16 +41,19 @@ class Engine(ABC):
 
     One step: `accumulate` (or a forward and `backward`), once or more; `privatize`, once; the optimizer's
     step; `zero_grad`. Between `accumulate` and `privatize` the sum belongs to the engine: ours keep it in
-    `.grad`, a peer where it likes. After `privatize` it is in `.grad`, noised and divided by the expected
-    batch size.
+    `.grad`, where nobody else may write meanwhile, a peer where it likes. After `privatize` it is in `.grad`,
+    noised and divided by the expected batch size.
 
     Attributes:
         parameters: What the optimizer takes, by name: the model's own, or a float32 master for each that is of half
-            precision. Sums and noise are in the masters' `.grad`; `zero_grad` writes the masters back into the model.
+            precision. Sums and noise are in the masters' `.grad`; `zero_grad` writes the masters back into the model,
+            or the next `accumulate` where the optimizer's own `zero_grad` was called instead.
         num_dropped: Units since the last step whose norm was not finite: dropped, their contribution is zero.
     """
 
     private: ClassVar[bool] = True
+    sums_in_grad: ClassVar[bool] = True
+    """Whether the sum is in `.grad` between `accumulate` and `privatize`."""
 
     def __init__(
         self, model: nn.Module, *, max_grad_norm: float, on_phase: Callable[[str], None] | None = None
@@ -66,14 +70,18 @@ class Engine(ABC):
         self.num_dropped = 0
         self._announce = on_phase or _ignore_phase
         self._state: Literal["clean", "accumulated", "privatized", "failed"] = "clean"
+        self._sum_left: HeldGradients | None = None
         self._generator: torch.Generator | None = None
         self.ranks = Ranks()
         self._attach()
+        self._modules = dict(model.named_modules())
         model._dit_dp_engine = True  # type: ignore[assignment]
 
     # --- the step -------------------------------------------------------------------------------------------
 
-    def accumulate(self, loss_fn: LossFn, batch: Batch, row_to_unit: Tensor | None = None) -> Tensor | None:
+    def accumulate(
+        self, loss_fn: LossFn, batch: Batch, row_to_unit: Tensor | Sequence[int] | None = None
+    ) -> Tensor | None:
         """Run forward and backward; add the sum of clipped per-unit gradients to what is accumulated.
 
         Args:
@@ -87,15 +95,16 @@ class Engine(ABC):
 
         Raises:
             LossShapeError: The losses are not of shape (U,).
-            EngineStateError: The last step's gradients were not cleared, or came from outside.
-            UsageError: `row_to_unit` is not a map of the rows onto 0 ... U - 1.
+            EngineStateError: The last step's gradients were not cleared, or some came from outside; the model is not
+                as it was attached.
+            UsageError: `batch` is no tuple or dict of tensors, or `row_to_unit` not a map of the rows onto 0 ... U - 1.
         """
         self._begin()
         units = Units.of(num_rows(batch), row_to_unit)
         self._announce("forward")
-        if units.num_units == 0 and not self.ranks.in_step:
-            return self._accumulate_nothing()
         with self._failing():
+            if units.num_units == 0 and not self.ranks.in_step:
+                return self._accumulate_nothing()
             return self._accumulate(loss_fn, batch, units)
 
     def backward(self, losses: Tensor) -> Tensor | None:
@@ -106,7 +115,16 @@ class Engine(ABC):
 
         Returns:
             As `accumulate`.
+
+        Raises:
+            EngineStateError: As `accumulate`; or the model that was run has yet to take what the optimizer did to its
+                float32 masters.
         """
+        if self._state == "privatized" and any(p is not q for p, q in self._masters()):
+            raise EngineStateError(
+                "backward: the forward ran before the float32 masters were written back into the model; call the "
+                "engine's zero_grad after the optimizer's step, then run the forward"
+            )
         self._begin()
         check_losses(losses)
         if losses.shape[0] == 0:
@@ -115,12 +133,14 @@ class Engine(ABC):
                     "losses: got none, while other ranks wait in their backward for this one's part; "
                     "call accumulate, which takes part with a stand-in"
                 )
-            return self._accumulate_nothing()
+            with self._failing():
+                return self._accumulate_nothing()
         if losses.grad_fn is self._spent:
             raise EngineStateError("backward: these losses were back-propagated already; run the forward again")
         self._spent = losses.grad_fn
         with self._failing():
             self._units = Units(losses.shape[0], losses.shape[0])
+            self._examine(losses)
             return self._finish(losses)
 
     @property
@@ -141,7 +161,7 @@ class Engine(ABC):
                 engine's own, seeded by the operating system.
 
         Raises:
-            EngineStateError: Nothing was accumulated since the last call.
+            EngineStateError: Nothing was accumulated since the last call, or somebody else changed the sum.
             UsageError: An argument is not the same on every rank.
 
         **Guarantees**: the clipped sum has sensitivity C under adding or removing one example, so the noise is
@@ -154,9 +174,16 @@ class Engine(ABC):
             raise EngineStateError("privatize: an accumulate call failed half way, so the sum is lost; call zero_grad")
         if self._state != "accumulated":
             raise EngineStateError("privatize: nothing was accumulated since the last call; call accumulate first")
+        if self._sum_left is not None:
+            self._sum_left.require_same("privatize")
+        self._sum_left = None
         if self.private:
             self._announce("noise")
-        self._privatize(noise_multiplier, expected_batch_size, generator)
+        try:
+            self._privatize(noise_multiplier, expected_batch_size, generator)
+        except UsageError:  # an argument was refused, the sum is as it was
+            self._hold()
+            raise
         self._state = "privatized"
 
     def zero_grad(self) -> None:
@@ -164,10 +191,10 @@ class Engine(ABC):
         for parameter in self.parameters.values():
             parameter.grad = None
         with torch.no_grad():
-            for name, parameter in self.model_parameters.items():
-                if parameter is not self.parameters[name]:
-                    parameter.copy_(self.parameters[name])
-        self._spent = None
+            for parameter, master in self._masters():
+                if parameter is not master:
+                    parameter.copy_(master)
+        self._spent = self._sum_left = None
         self.num_dropped = 0
         self._state = "clean"
 
@@ -231,6 +258,10 @@ class Engine(ABC):
         check_losses(losses, units.num_units)
         return self._finish(losses)
 
+    def _examine(self, losses: Tensor) -> None:
+        """Look at the graph of (N,) losses that `backward` was given, before `_finish`."""
+        return
+
     def _callable_model(self) -> nn.Module:
         """Return what `loss_fn` is given."""
         return self.model
@@ -240,7 +271,6 @@ class Engine(ABC):
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._state = "accumulated"
         return next(iter(self.parameters.values())).new_zeros(0)
 
     def _privatize(
@@ -267,26 +297,31 @@ class Engine(ABC):
             self._generator = generator_of(self.ranks.entropy(entropy_size(device)), device)
         return self._generator
 
+    def _masters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Yield each of the model's parameters with what the optimizer takes for it."""
+        return zip(self.model_parameters.values(), self.parameters.values(), strict=True)
+
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
         """Make a sum that an exception interrupted unusable: part of a batch may be in it."""
-        self._state = "failed"
+        self._state, self._sum_left = "failed", None
         yield
         self._state = "accumulated"
+        self._hold()
 
-    def _check_model(self) -> None:
-        """Refuse a model whose trainable parameters are not those that were attached."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad != self.ranks.same(parameter, self.model_parameters.get(name)):
-                what = "replaced" if name in self.model_parameters and parameter.requires_grad else "frozen or unfrozen"
-                raise EngineStateError(f"model: {name} was {what} after attach; detach, change the model, attach again")
+    def _hold(self) -> None:
+        """Remember where the sum is, so that nobody changes it unnoticed."""
+        if self.sums_in_grad:
+            self._sum_left = HeldGradients((*self.parameters.items(), *self.model_parameters.items()))
 
     def _begin(self) -> None:
         """Check that the model is the one attached and gradients are where the engine left them."""
-        self._check_model()
+        require_attached(self.model, self._modules, self.model_parameters, self.ranks.same)
         if self._state == "failed":
             raise EngineStateError("accumulate: an earlier call failed half way, so the sum is lost; call zero_grad")
         if self._state == "accumulated":
+            if self._sum_left is not None:
+                self._sum_left.require_same("accumulate")
             return
         for name, parameter in (*self.parameters.items(), *self.model_parameters.items()):
             if parameter.grad is not None:
@@ -296,6 +331,8 @@ class Engine(ABC):
                     else "it came from outside the engine"
                 )
                 raise EngineStateError(f"accumulate: parameter {name} already has a gradient: {reason}; call zero_grad")
+        if self._state == "privatized":  # cleared by the optimizer's own zero_grad, which does not do the rest of ours
+            self.zero_grad()
         self._state = "clean"
 
 

@@ -1,10 +1,22 @@
-"""What an autograd graph says about how often a parameter is used."""
+"""What an autograd graph is made of, and how often it uses a parameter."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+
+def nodes_of(outputs: Tensor) -> Iterator[Any]:
+    """Yield each node of a graph once."""
+    seen, stack = set(), [outputs.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack += [child for child, _ in node.next_functions]
 
 
 def parameter_uses(outputs: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
@@ -20,18 +32,14 @@ def parameter_uses(outputs: Tensor, parameters: Mapping[str, nn.Parameter]) -> d
     """
     readers: dict[Any, list[Any]] = {}
     edges: Counter[Any] = Counter()
-    seen, stack = set(), [outputs.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    leaves = {}
+    for node in nodes_of(outputs):
         for child, _ in node.next_functions:
             if child is not None:
                 edges[child] += 1
                 readers.setdefault(child, []).append(node)
-                stack.append(child)
-    leaves = {id(node.variable): node for node in seen if hasattr(node, "variable")}
+        if hasattr(node, "variable"):
+            leaves[id(node.variable)] = node
     uses = {}
     for name, parameter in parameters.items():
         node = leaves.get(id(parameter))

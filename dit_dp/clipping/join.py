@@ -6,10 +6,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dit_dp.clipping.coverage import covered
 from dit_dp.clipping.ranks import Ranks, Replicas
 from dit_dp.clipping.raw import raw_parameters
 from dit_dp.clipping.registry import METHODS
-from dit_dp.clipping.watched import covered
 from dit_dp.errors import UnsupportedModelError, UsageError
 
 

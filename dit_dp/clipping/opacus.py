@@ -47,6 +47,7 @@ class _OpacusBase(Engine):
     """What both ways of using Opacus share."""
 
     method: ClassVar[str]
+    sums_in_grad: ClassVar[bool] = False
     held: ClassVar[tuple[tuple[str, str], ...]]
     """Attributes that Opacus hangs on parameters, with their category in a breakdown."""
     _num_examples: int
@@ -151,7 +152,6 @@ class _OpacusBase(Engine):
                 parameter.summed_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
             if ("grad_sample", "per_example_gradients") in self.held:
                 parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
-        self._state = "accumulated"
         return next(iter(self.parameters.values())).new_zeros(0)
 
     def tracked_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from dit_dp.clipping.apart import nonzero_rows, require_apart
 from dit_dp.clipping.batch import Batch, LossFn, check_losses, map_tensors, num_rows
-from dit_dp.clipping.contributions import Contribution, Direct, Outer
+from dit_dp.clipping.contributions import Contribution, Outer
 from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.lives import Life, Trial, WeightCall
 from dit_dp.clipping.unfolded import Visit, unfolded
@@ -208,23 +209,16 @@ class Prober:
             parameter.grad = gradient
 
     def _check_alone(self, where: str, gradient: Tensor) -> None:
-        """Refuse a gradient, (U, ...), in which rows other than the one unit's are not exactly zero."""
-        if self._alone is None or len(gradient) <= self._alone:
-            return
-        others = torch.cat([gradient[: self._alone], gradient[self._alone + 1 :]])
-        reached = others.nan_to_num(nan=0.0)  # zero times an infinite derivative is NaN
-        if hardware().holds(reached.any(), usually=False):
-            raise CoupledExamplesError(
-                f"model: the loss of one example depends on another's rows (seen at {where}), so no per-example "
-                f"gradient exists; take out what mixes the batch, such as BatchNorm or a mean over the first dimension"
-            )
+        """Refuse a gradient, (U, ...), of one unit's loss that reaches others' rows."""
+        if self._alone is not None:
+            require_apart(self._alone, where, gradient)
 
     # --- called while a trial runs ----------------------------------------------------------------------------
 
     def saw(self, parameter: nn.Parameter, part: Contribution) -> None:
         """Take note of one call's contribution, (U, ...)."""
         name = self._names[parameter]
-        self._check_alone(f"parameter {name}", _nonzero_rows(part))
+        self._check_alone(f"parameter {name}", nonzero_rows(part))
         if isinstance(part, Outer):
             self._trial.weights.append(
                 WeightCall(
@@ -268,13 +262,6 @@ def _in_checkpoint() -> bool:
     """Return whether the model does not keep the graph here by itself: it checkpoints, or recomputes what it did."""
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     return hooked or torch._C._current_graph_task_id() != -1
-
-
-def _nonzero_rows(part: Contribution) -> Tensor:
-    """Return a tensor, (U, ...), whose rows are zero where a contribution's are; either operand may be the gradient."""
-    if isinstance(part, Outer):
-        return part.g * part.a.flatten(1).any(1)[:, None, None]
-    return part.value if isinstance(part, Direct) else part.g
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

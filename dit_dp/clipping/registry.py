@@ -1,6 +1,7 @@
 """Every clipping method by name. No torch: engines are imported when one is attached."""
 
 import importlib
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -149,18 +150,36 @@ def attach(
         The engine: `accumulate` or `backward`, then `privatize`, then the optimizer's step.
 
     Raises:
-        UsageError: Unknown method, C that is not a finite positive number, or ranks that are not said or not
-            possible with this method.
+        UsageError: Unknown method or setting, a model that is no module, C that is not a finite positive number, or
+            ranks that are not said or not possible with this method.
         UnsupportedModelError: The method cannot run on this model; names the layer.
     """
     if method not in METHODS:
         raise UsageError.for_value("method", method, METHODS)
+    from torch import nn
+
     from dit_dp.clipping.join import join
 
+    if not isinstance(model, nn.Module):
+        raise UsageError.for_value("model", type(model).__name__, "a torch.nn.Module")
+    accepted = settings_of(method)
+    for setting in performance:
+        if setting not in accepted:
+            takers = [repr(name) for name in METHODS if setting in settings_of(name)]
+            raise UsageError(
+                f"{setting}: method {method!r} does not take it; accepted: {', '.join(accepted) or 'no setting'}; "
+                f"{'use method=' + ' or '.join(takers) if takers else 'leave it out'}"
+            )
     module, ranks = join(model, method, process_group)
     engine: Engine = engine_class(method)(module, max_grad_norm=max_grad_norm, on_phase=on_phase, **performance)
     engine.join(ranks)
     return engine
+
+
+def settings_of(method: str) -> list[str]:
+    """Return the names of what `attach` accepts for a method beside its own arguments."""
+    shared = ("self", "model", "max_grad_norm", "on_phase")
+    return [name for name in inspect.signature(engine_class(method).__init__).parameters if name not in shared]
 
 
 def engine_class(method: str) -> "type[Engine]":

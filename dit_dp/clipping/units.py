@@ -5,7 +5,7 @@ A map of rows to units holds data also where a step is only imagined: how rows l
 Shapes: R rows, U units, K rows of the largest unit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,8 +29,8 @@ class Units:
     row_to_unit: Tensor | None = None
 
     @classmethod
-    def of(cls, num_rows: int, row_to_unit: Tensor | None) -> "Units":
-        """Check a map, an integer tensor (R,) whose values are 0 ... U - 1, each used.
+    def of(cls, num_rows: int, row_to_unit: Tensor | Sequence[int] | None) -> "Units":
+        """Check a map, an integer tensor or a list, (R,), whose values are 0 ... U - 1, each used.
 
         Raises:
             UsageError: Wrong shape, dtype or values; or as many units as rows in another order, where the first
@@ -39,7 +39,12 @@ class Units:
         if row_to_unit is None:
             return cls(num_rows, num_rows)
         with hardware().with_data():
-            return cls._of_map(num_rows, row_to_unit.detach().cpu())
+            try:
+                ids = torch.as_tensor(row_to_unit)
+            except (TypeError, ValueError, RuntimeError) as error:
+                got, wanted = type(row_to_unit).__name__, f"an integer tensor of shape ({num_rows},), one entry a row"
+                raise UsageError.for_value(ROW_TO_UNIT, got, wanted) from error
+            return cls._of_map(num_rows, ids.detach().cpu())
 
     @classmethod
     def _of_map(cls, num_rows: int, ids: Tensor) -> "Units":

@@ -15,20 +15,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dit_dp.clipping.apart import Look, can_walk_again
 from dit_dp.clipping.batch import Batch, LossFn, clip_factors
 from dit_dp.clipping.compiled import compiling, outside_graphs, uncompiled, walking_twice
 from dit_dp.clipping.contributions import Contribution
+from dit_dp.clipping.coverage import covered, layers_to_watch, refusal
 from dit_dp.clipping.engine import Engine, LayerRule
 from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.lives import Trial
 from dit_dp.clipping.probe import Prober
 from dit_dp.clipping.raw import RawParameters, raw_parameters
-from dit_dp.clipping.rules import COUPLED, Rule, rule_for
+from dit_dp.clipping.rules import Rule, rule_for
 from dit_dp.clipping.units import Units, with_zero_units
-from dit_dp.errors import CoupledExamplesError, LossShapeError, UnsupportedModelError, UsageError
-
-HOLDERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-"""Modules of torch's that use no parameter themselves: what they hold is raw."""
+from dit_dp.errors import CoupledExamplesError, EngineStateError, LossShapeError, UnsupportedModelError, UsageError
 
 
 class WatchedLayer:
@@ -98,7 +97,9 @@ class WatchedEngine(Engine):
 
     def _attach(self) -> None:
         self._prober: Prober | None = None
-        self._tried = False
+        self._look: Look | None = None
+        self._num_tried = 0
+        self._graph_examined = False
         self._loss_weight = 1.0
         self._squares: Tensor | None = None
         self._factors: Tensor | None = None
@@ -108,7 +109,7 @@ class WatchedEngine(Engine):
         self._parts: dict[nn.Parameter, list[Contribution]] = {}
         self._rules_used: dict[str, str] = {}
         self._names = {parameter: name for name, parameter in self.model_parameters.items()}
-        self._layers = cover(self.model, self)
+        self._layers = [WatchedLayer(*found, self) for found in layers_to_watch(self.model, self.method)]
         for layer in self._layers:
             layer.module.__dict__[_LAYER] = layer
             layer.module.forward = types.MethodType(_KEPT_OUT, layer.module)
@@ -137,7 +138,8 @@ class WatchedEngine(Engine):
     def _accumulate(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor | None:
         if units.num_units == 0:
             return self._take_part(loss_fn, batch, units)
-        if self._tried:
+        several = min(units.num_units, 2)
+        if self._num_tried >= several:
             return self._take(loss_fn, batch, units)
         try:
             self._try(loss_fn, batch, units)
@@ -150,7 +152,7 @@ class WatchedEngine(Engine):
                 f"loss: it fails on some of {units.num_units} units ({error}); accepted: a function of any number of "
                 f"units; take sizes from the batch it is given"
             ) from error
-        self._tried = True
+        self._num_tried = 2 if self.ranks.in_step else several
         return self._take(loss_fn, batch, units)
 
     def _take(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor | None:
@@ -174,13 +176,41 @@ class WatchedEngine(Engine):
         return norms[:0]
 
     def _try(self, loss_fn: LossFn, batch: Batch, units: Units) -> None:
-        """Refuse, once, a model whose units do not keep apart."""
+        """Refuse a model whose units do not keep apart, once there are two."""
         if self.ranks.in_step:
             batch, units = with_zero_units(batch, units, 2)
         if units.num_units > 1 and hardware().has_data:
             self._run_trial(loss_fn, batch, units, 2, alone=True)
             with uncompiled():
                 self._new_prober().compare(self.model, loss_fn, batch, units)
+
+    def _examine(self, losses: Tensor) -> None:
+        """Refuse, once, losses whose graph does not keep two of them apart.
+
+        Weaker than `_try`, which the first `accumulate` still runs: what mixes rows before the first layer, or without
+        a gradient, is not seen.
+        """
+        if self._graph_examined or self._num_tried == 2 or not hardware().has_data:
+            return
+        if self.ranks.all_agree(len(losses) == 1) or not self.ranks.all_agree(
+            can_walk_again(losses, walks_twice=self.walks_twice) and bool(torch.isfinite(losses).all())
+        ):
+            return
+        calls, self._in_backward, look = dict(self._calls), True, Look()
+        try:
+            self._look = look
+            with self.raw.checkpoints_explained():
+                for unit in (0, len(losses) - 1):
+                    look.walk(losses, unit, self.method)
+        finally:
+            self._look = None
+            self._forget()
+        self._calls.update(calls)
+        if not self.ranks.all_agree(look.error is None):
+            raise look.error or CoupledExamplesError(
+                "model: the loss of one example depends on another's rows on a rank"
+            )
+        self._graph_examined = True
 
     def _run_trial(self, loss_fn: LossFn, batch: Batch, units: Units, count: int, *, alone: bool = False) -> Trial:
         """Take the first units through forward and backward and return what was seen."""
@@ -293,6 +323,7 @@ class WatchedEngine(Engine):
 
     def observe(self, layer: WatchedLayer, x: Tensor, g: Tensor) -> None:
         """Take what one call of a layer contributes."""
+        self._require_own_backward(layer.name)
         with hardware().norm_scope():
             parts = layer.rule.contributions(layer.module, x, g)
             for parameter, part in zip((layer.weight, layer.bias), parts, strict=True):
@@ -301,12 +332,16 @@ class WatchedEngine(Engine):
 
     def receive_rows(self, parameter: nn.Parameter, part: Contribution, leading: int) -> None:
         """Take what one read of a raw parameter contributes, with `leading` rows."""
+        self._require_own_backward(self._names[parameter])
         self.receive(parameter, self._by_unit(self._names[parameter], part, leading))
 
     def receive(self, parameter: nn.Parameter, part: Contribution) -> None:
         """Take one contribution, (U, ...): for the norm, or for the sum once factors are known."""
         if self._prober is not None:
             self._prober.saw(parameter, part)
+            return
+        if self._look is not None:
+            self._look.saw(self._names[parameter], part)
             return
         if self._factors is not None:
             self._add(parameter, part)
@@ -315,6 +350,14 @@ class WatchedEngine(Engine):
         self._calls[parameter] = self._calls.get(parameter, 1) - 1
         if self._calls[parameter] <= 0:
             self._settle(parameter, self._parts.pop(parameter))
+
+    def _require_own_backward(self, name: str) -> None:
+        """Refuse a backward that the engine does not run: whatever it reached would be no part of the sum."""
+        if not self._in_backward and self._prober is None:
+            raise EngineStateError(
+                f"backward: it reached {name}, which {self.method} is attached to, from outside the engine; give the "
+                f"per-example losses to the engine's backward, or call its detach first"
+            )
 
     def _by_unit(self, name: str, part: Contribution, leading: int) -> Contribution:
         """Return a contribution of rows or units as one of units."""
@@ -375,44 +418,3 @@ def _watched_forward(module: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tens
 
 
 _KEPT_OUT = outside_graphs(_watched_forward)
-
-
-def refusal(module: nn.Module) -> str | None:
-    """Return why a module with parameters of its own (or that couples examples) is not covered, or `None`."""
-    if isinstance(module, COUPLED):
-        return "it mixes the examples of a batch; use GroupNorm or LayerNorm"
-    rule = rule_for(module)
-    if rule is not None:
-        made = [n for n in ("weight", "bias") if not isinstance(getattr(module, n, None), nn.Parameter | None)]
-        return f"its {made[0]} is computed, not a parameter; undo the reparametrisation" if made else rule.check(module)
-    if type(module).__module__.startswith("torch.nn.") and not isinstance(module, HOLDERS):
-        names = ", ".join(name for name, p in module.named_parameters(recurse=False) if p.requires_grad)
-        return (
-            f"no rule for {type(module).__name__} with parameters of its own ({names}); "
-            f"build it of Linear, Conv2d, Embedding and norm layers, or freeze them"
-        )
-    return None
-
-
-def covered(module: nn.Module, name: str) -> bool:
-    """Return whether a module's rule covers its parameter of this name; others are raw."""
-    return name in ("weight", "bias") and rule_for(module) is not None
-
-
-def cover(model: nn.Module, engine: WatchedEngine) -> list[WatchedLayer]:
-    """Find the layers whose trainable parameters a rule covers; the model's own modules may hold raw ones.
-
-    Raises:
-        UnsupportedModelError: Some module has none; names it, the reason and the fix.
-    """
-    layers = []
-    for name, module in model.named_modules():
-        trains = any(p.requires_grad for p in module.parameters(recurse=False))
-        if isinstance(module, COUPLED) or trains:
-            reason = refusal(module)
-            if reason is not None:
-                raise UnsupportedModelError(f"model: {engine.method} cannot run on layer {name or '(root)'}: {reason}")
-        rule = rule_for(module)
-        if trains and rule is not None:
-            layers.append(WatchedLayer(name, module, rule, engine))
-    return layers

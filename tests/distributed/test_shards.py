@@ -229,6 +229,40 @@ def test_a_forward_that_the_caller_ran(on_ranks: Pool, method: str) -> None:
     assert max(on_ranks(calls_by_hand_error, method)) < 1e-5
 
 
+def losses_by_hand_first(method: str) -> tuple[float, str, str]:
+    """Begin with a backward, which looks at the graph; then change the sum from outside, then couple the examples."""
+    case = make_case("tokens")
+    wanted, threshold = oracle(case, method)
+    engine = attach(shard(case.model), method, threshold)
+    own: Any = mine(case.batch)
+    engine.backward(case.loss_fn(engine.forward_model, own))
+    engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
+    error = relative_error(gradients(engine), wanted)
+    engine.zero_grad()
+    engine.backward(case.loss_fn(engine.forward_model, own))
+    gradient = next(iter(engine.parameters.values())).grad
+    assert gradient is not None
+    gradient.mul_(2.0)
+    changed = message_of(lambda: engine.privatize(noise_multiplier=0.0, expected_batch_size=1))
+    engine.zero_grad()
+    engine.detach()
+
+    def mixed(model: nn.Module, batch: Any) -> Tensor:
+        losses = case.loss_fn(model, batch)
+        return losses * losses.mean()
+
+    again = attach(case.model, method, threshold)
+    return error, changed, message_of(lambda: again.backward(mixed(again.forward_model, own)))
+
+
+@pytest.mark.parametrize("method", SHARDED)
+def test_a_first_backward_looks_for_coupling_and_its_sum_is_guarded(on_ranks: Pool, method: str) -> None:
+    for error, changed, mixed in on_ranks(losses_by_hand_first, method):
+        assert error < 1e-5
+        assert "was changed from outside" in changed
+        assert "depends on another's rows" in mixed
+
+
 def communication() -> tuple[dict[str, int], dict[str, int], int, int]:
     """Count collectives of a step and of ordinary training, parameters, and the most full-shape sums held at once."""
     case = make_case("tokens")
