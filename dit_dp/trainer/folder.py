@@ -12,7 +12,9 @@ from typing import Any
 
 from dit_dp.errors import UsageError
 from dit_dp.files import write_whole
+from dit_dp.privacy.statement import rounded_up
 from dit_dp.trainer.config import TrainConfig
+from dit_dp.trainer.price import is_bound
 from dit_dp.workloads import WorkloadSpec
 
 log = logging.getLogger(__name__)
@@ -113,11 +115,10 @@ class RunLog:
         self._files.append(handler)
 
     def line(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Write the numbers of a step: ``(step=0000100) Train Loss: 0.1234, Train Steps/Sec: 5.67, ...``."""
+        """Write the numbers of a step: ``(step=0000100) Train Loss: 0.1234, Epsilon: 0.1732 (delta 1e-05), ...``."""
         if self._metrics is None:
             return
-        shown = {_SPELLED[name]: value for name, value in values.items() if name in _SPELLED}
-        text = ", ".join(f"{name}: {value:.4g}" for name, value in shown.items() if isinstance(value, float))
+        text = ", ".join(_spelled(name, values) for name in values if name in _SPELLED)
         mode = values.get("training_mode")
         log.info("(step=%07d) %s%s", step, text, f", {mode}" if mode not in (None, "FULL") else "")
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -155,6 +156,14 @@ _SPELLED = {
     "learning_rate": "LR",
     "peak_memory_gib": "Peak GiB",
 }
+
+
+def _spelled(name: str, values: Mapping[str, Any]) -> str:
+    """Return a number of a step as people read it."""
+    if name == "epsilon":
+        bound = "at most " if is_bound(values) else ""
+        return f"{_SPELLED[name]}: {bound}{rounded_up(values[name])} (delta {values['delta']:g})"
+    return f"{_SPELLED[name]}: {values[name]:.4g}"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

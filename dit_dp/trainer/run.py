@@ -194,9 +194,10 @@ class Run:
             "peak_memory_gib": peak_memory_bytes(self.world.device) / GIB,
             "num_dropped": float(trainer.num_dropped),
         }
-        spent = trainer.spent()
-        if spent is not None:
-            values["epsilon"] = spent
+        spent = trainer.spent(exactly=False)
+        if spent is not None and spent.epsilon is not None:
+            values |= {"epsilon": spent.epsilon, "delta": trainer.budget.delta}
+            values |= {"epsilon_charges": spent.num_charges, "num_charges": trainer.num_charges}
         every = config.log_every if config.validate_every is None else config.validate_every
         if trainer.data.held_out is not None and every and (step % every == 0 or step == trainer.budget.num_steps):
             values["validation_loss"] = validation_loss(trainer)
@@ -235,7 +236,7 @@ class Run:
 
     def _summary(self, trainer: Trainer, times: list[float], seconds: float) -> None:
         """Say what became of the run, and write it down."""
-        claim, spent = trainer.claim(), trainer.spent()
+        claim, spent = trainer.claim(), trainer.spent(exactly=True)
         log.info("done: %d of %d steps; %s", trainer.step, trainer.budget.num_steps, claim)
         write_json(
             self.folder / "summary.json",
@@ -243,7 +244,7 @@ class Run:
                 "steps": trainer.step,
                 "num_steps": trainer.budget.num_steps,
                 "num_charges": trainer.num_charges,
-                "epsilon": spent,
+                "epsilon": None if spent is None else spent.epsilon,
                 "delta": trainer.budget.delta,
                 "noise_multiplier": trainer.budget.noise_multiplier,
                 "sample_rate": trainer.budget.sample_rate,

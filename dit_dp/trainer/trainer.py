@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from dit_dp.clipping import attach
-from dit_dp.errors import UsageError
-from dit_dp.privacy import KEY_SIZE, Facts, Ledger, PoissonSampler, ShuffledSampler
+from dit_dp.privacy import KEY_SIZE, Facts, Ledger, Mechanism, PoissonSampler, ShuffledSampler
 from dit_dp.trainer.budget import Budget, claim
 from dit_dp.trainer.config import TrainConfig
 from dit_dp.trainer.data import RunData
 from dit_dp.trainer.feed import Feed
 from dit_dp.trainer.meter import LossMeter
+from dit_dp.trainer.price import Price, Spent
 from dit_dp.trainer.rates import learning_rate_at
 from dit_dp.trainer.reach import warn_of_noise_alone
 from dit_dp.trainer.saving import restore, write_or_save
@@ -89,6 +89,7 @@ class Trainer:
         self._noise = self._noise_generator()
         self._charged_before = world.shared(0 if self.ledger is None else self.ledger.num_charges)
         self.num_taken = self.num_dropped = 0
+        self._price = Price(config.delta)
 
     # --- what a run is made of -------------------------------------------------------------------------------
 
@@ -240,15 +241,19 @@ class Trainer:
 
     # --- what is said ----------------------------------------------------------------------------------------
 
-    def spent(self) -> float | None:
-        """Return the epsilon of what was charged; `None` where none is claimed, or the accountant takes too long."""
+    def spent(self, *, exactly: bool) -> Spent | None:
+        """Return what was charged, or for the log a bound that costs little; `None` where no epsilon is claimed."""
         if self.ledger is None or not self.config.private or self.config.sampling != "poisson":
             return None
-        try:
-            return self.ledger.spent(self.config.delta)
-        except UsageError as error:  # what is charged is charged; its price can be asked for later
-            log.warning("epsilon is left out: %s", error)
-            return None
+        charged = self.ledger.mechanisms()
+        if exactly:
+            return self._price.exactly(charged)
+        budget = self.budget
+        left = budget.num_steps - self.step
+        if budget.most_charges is not None:
+            left = min(left, budget.most_charges - self.num_charges)
+        step = Mechanism(noise_multiplier=self._accounted_noise, sample_rate=budget.sample_rate, num_steps=1)
+        return self._price.at_most(charged, step, left)
 
     def claim(self) -> str:
         """Return what may be said of what was charged, in a line."""
