@@ -3,6 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 
 from dit_dp import validate
 from dit_dp.privacy.accounting import (
@@ -16,6 +17,8 @@ from dit_dp.privacy.accounting import (
     epsilon_of,
     merged,
 )
+
+_FOUR_DIGITS = Context(prec=4, rounding=ROUND_CEILING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class PrivacyStatement:
             return "no privacy: the noise multiplier is 0"
         if self.sampling != "poisson":
             return "fixed batches: no epsilon is claimed"
-        return f"epsilon {self.epsilon:.4g}"
+        return f"epsilon {rounded_up(self.epsilon)}"
 
     def __str__(self) -> str:
         """Return the claim with delta, unit, adjacency, sampling and noise."""
@@ -73,6 +76,11 @@ class PrivacyStatement:
             *(_describe(mechanism) for mechanism in merged(self.mechanisms) or self.mechanisms),
         ]
         return "; ".join(parts)
+
+
+def rounded_up(epsilon: float) -> str:
+    """Return an epsilon with four digits, which are never less than it (by more than its own rounding)."""
+    return f"{float(_FOUR_DIGITS.create_decimal_from_float(epsilon * (1 - 1e-12))):.4g}"
 
 
 def _describe(mechanism: Mechanism) -> str:

@@ -1,4 +1,4 @@
-"""The progress bar: epsilon spent, loss, examples a second, peak memory."""
+"""The progress bar: epsilon spent and its delta, loss, examples a second, peak memory."""
 
 import sys
 from collections.abc import Mapping
@@ -9,11 +9,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from dit_dp.privacy.statement import rounded_up
+from dit_dp.trainer.price import is_bound
+
 _SHOWN = {
-    "epsilon": "ε {:.3g}",
-    "loss": "loss {:.4g}",
-    "examples_per_s": "{:.4g} examples/s",
-    "peak_memory_gib": "{:.3g} GiB",
+    "epsilon": "ε {sign}{epsilon} (δ {delta:g})",
+    "loss": "loss {loss:.4g}",
+    "examples_per_s": "{examples_per_s:.4g} examples/s",
+    "peak_memory_gib": "{peak_memory_gib:.3g} GiB",
 }
 
 
@@ -49,8 +52,15 @@ class Progress:
 
     def advance(self, step: int, values: Mapping[str, Any]) -> None:
         """Show a step, and its numbers if there are any."""
-        text = "  ".join(spelled.format(values[name]) for name, spelled in _SHOWN.items() if name in values)
-        if text:
-            self._bar.update(self._task, completed=step, description=text)
+        if values:
+            self._bar.update(self._task, completed=step, description=describe(values))
         else:
             self._bar.update(self._task, completed=step)
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """Return a step's numbers as the bar shows them: ``ε 0.1732 (δ 1e-05)  loss 0.5``; ``ε ≤ 0.1732`` is a bound."""
+    words = {**values, "sign": "≤ " if is_bound(values) else ""}
+    if "epsilon" in values:
+        words["epsilon"] = rounded_up(values["epsilon"])
+    return "  ".join(spelled.format(**words) for name, spelled in _SHOWN.items() if name in values)

@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UsageError
+from dit_dp.files import replacing
 from dit_dp.trainer.budget import Budget, plan_budget
 from dit_dp.trainer.config import TrainConfig
 from dit_dp.trainer.data import RunData, open_data
 from dit_dp.trainer.dry import check_run
-from dit_dp.trainer.folder import NOT_PRIVATE, RunLog, new_run, newest_run, run_label, write_json
+from dit_dp.trainer.folder import NOT_PRIVATE, RunLog, naming, new_run, newest_run, run_label, write_json
 from dit_dp.trainer.grids import draw_grid
 from dit_dp.trainer.interrupts import waiting
 from dit_dp.trainer.meter import StepClock, peak_memory_bytes
 from dit_dp.trainer.progress import Progress
-from dit_dp.trainer.saving import named_run, newest, refuse_spent, save, starting_model
-from dit_dp.trainer.tracker import Tracker, check_tracker, make_tracker
+from dit_dp.trainer.saving import named_run, newest, refuse_spent, save, starting_model, write_or_save
+from dit_dp.trainer.tracker import check_tracker, make_tracker
 from dit_dp.trainer.trainer import GIB, Trainer
 from dit_dp.trainer.validation import example_inputs, held_out_contexts, validation_loss
 from dit_dp.trainer.world import World, join_world, leave_world
@@ -48,7 +50,8 @@ def run(config: TrainConfig) -> int:
     """
     world = join_world(config.device)
     try:
-        return Run(config, world).go()
+        with world.one_voice():
+            return Run(config, world).go()
     finally:
         leave_world(world)
 
@@ -84,12 +87,10 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Take all steps, with what a run does for each; yield the number of each when that is done."""
         trainer, config = self.start(), self.config
-        self._log = RunLog(self.folder if self.world.leads else None)
+        self._log, self._tracker = RunLog(None), make_tracker("none", self.folder, self.folder.name, {})
         self._clock, times, began = StepClock(), [], time.perf_counter()
         try:
-            kind = config.tracker if self.world.leads else "none"
-            self._tracker: Tracker = make_tracker(kind, self.folder, self.folder.name, config.as_json())
-            self._head(trainer)
+            self.world.first(partial(self._head, trainer))
             if config.tracker != "none" and self.world.group is None:
                 self._tracker.graph(trainer.runner.model, example_inputs(trainer))
             with (
@@ -108,8 +109,7 @@ class Run:
                     last = time.perf_counter()
             if times:  # none: the budget was spent on steps that were lost, and the checkpoint is as it was
                 save(trainer)
-            self._summary(trainer, times[COMPARED:], time.perf_counter() - began)
-            self._tracker.close()
+            self.world.first(partial(self._summary, trainer, times[COMPARED:], time.perf_counter() - began))
         finally:
             trainer.close()
             self._log.close()
@@ -159,21 +159,24 @@ class Run:
         return before or new_run(config.output_dir, label), before is not None
 
     def _head(self, trainer: Trainer) -> None:
-        """Say what this run is."""
+        """Open log and tracker, and say what this run is."""
+        self._log = RunLog(self.folder)
+        with naming(self.folder):
+            self._tracker = make_tracker(self.config.tracker, self.folder, self.folder.name, self.config.as_json())
         for line in describe(self.config, self.spec, trainer.budget).splitlines():
             log.info("%s", line)
         log.info("%s", NOT_PRIVATE)
         log.info("run: %s", self.folder)
-        if self.world.leads:
-            write_json(self.folder / "config.json", self.config.as_json())
+        write_json(self.folder / "config.json", self.config.as_json())
+        self._log.check()
 
     def _after(self, trainer: Trainer, step: int) -> dict[str, Any]:
-        """Log, keep and show what is due after a step; return the numbers that were logged."""
+        """Keep, log and show what is due after a step, in this order; return the numbers that were logged."""
         self._clock.count(trainer.feed.num_drawn)
-        values = self._line(trainer, step) if trainer.is_logged(step) else {}
         every = self.config.checkpoint_every or min(1000, max(10, trainer.budget.num_steps // 10))
         if step % every == 0:
             save(trainer)
+        values = self._line(trainer, step) if trainer.is_logged(step) else {}
         if self.config.num_samples and self._is_sampled(step, trainer.budget.num_steps):
             self._grid(trainer, step)
         return values
@@ -190,19 +193,25 @@ class Run:
             "peak_memory_gib": peak_memory_bytes(self.world.device) / GIB,
             "num_dropped": float(trainer.num_dropped),
         }
-        spent = trainer.spent()
-        if spent is not None:
-            values["epsilon"] = spent
+        spent = trainer.spent(exactly=False)
+        if spent is not None and spent.epsilon is not None:
+            values |= {"epsilon": spent.epsilon, "delta": trainer.budget.delta}
+            values |= {"epsilon_charges": spent.num_charges, "num_charges": trainer.num_charges}
         every = config.log_every if config.validate_every is None else config.validate_every
         if trainer.data.held_out is not None and every and (step % every == 0 or step == trainer.budget.num_steps):
             values["validation_loss"] = validation_loss(trainer)
         values |= trainer.runner.log_values(held_out_contexts(trainer))
-        self._log.line(step, values)
-        self._tracker.scalars(step, {name: value for name, value in values.items() if value == value})
-        if config.tracker != "none" and self.world.leads and config.sharding == "ddp":
-            for name, parameter in trainer.runner.engine.parameters.items():
-                self._tracker.histogram(step, f"weights/{name}", parameter.detach())
+        write_or_save(trainer, partial(self._write_line, trainer, step, values))
         return values
+
+    def _write_line(self, trainer: Trainer, step: int, values: dict[str, Any]) -> None:
+        """Write a step's numbers down."""
+        self._log.line(step, values)
+        with naming(self.folder):
+            self._tracker.scalars(step, {name: value for name, value in values.items() if value == value})
+            if self.config.tracker != "none" and self.config.sharding == "ddp":
+                for name, parameter in trainer.runner.engine.parameters.items():
+                    self._tracker.histogram(step, f"weights/{name}", parameter.detach())
 
     def _is_sampled(self, step: int, last: int) -> bool:
         every = self.config.sample_every
@@ -210,35 +219,37 @@ class Run:
 
     def _grid(self, trainer: Trainer, step: int) -> None:
         """Draw a grid of samples and keep it; every process draws, if parameters are shared."""
-        if not self.world.leads and self.config.sharding == "ddp":
+        image = draw_grid(trainer) if self.world.leads or self.config.sharding != "ddp" else None
+        write_or_save(trainer, partial(self._write_grid, step, image))
+
+    def _write_grid(self, step: int, image: Image | None) -> None:
+        """Write a grid down, if there is one."""
+        if image is None:
             return
-        image = draw_grid(trainer)
-        if image is None or not self.world.leads:
-            return
-        folder = self.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        image.save(folder / f"step-{step:08d}.png")
-        self._tracker.image(step, "samples", image)
+        path = self.folder / "samples" / f"step-{step:08d}.png"
+        with naming(path):
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as handle:
+                image.save(handle, format="PNG")
+            self._tracker.image(step, "samples", image)
 
     def _summary(self, trainer: Trainer, times: list[float], seconds: float) -> None:
         """Say what became of the run, and write it down."""
-        log.info("done: %d of %d steps; %s", trainer.step, trainer.budget.num_steps, trainer.claim())
-        if not self.world.leads:
-            return
-        spent = trainer.spent()
+        claim, spent = trainer.claim(), trainer.spent(exactly=True)
+        log.info("done: %d of %d steps; %s", trainer.step, trainer.budget.num_steps, claim)
         write_json(
             self.folder / "summary.json",
             {
                 "steps": trainer.step,
                 "num_steps": trainer.budget.num_steps,
                 "num_charges": trainer.num_charges,
-                "epsilon": spent,
+                "epsilon": None if spent is None else spent.epsilon,
                 "delta": trainer.budget.delta,
                 "noise_multiplier": trainer.budget.noise_multiplier,
                 "sample_rate": trainer.budget.sample_rate,
                 "unit": trainer.budget.unit,
                 "num_units": trainer.budget.num_units,
-                "claim": trainer.claim(),
+                "claim": claim,
                 "weights_are_public": self.config.weights_are_public,
                 "seconds": seconds,
                 "step_time_s": statistics.median(times) if times else None,
@@ -255,7 +266,10 @@ class Run:
                 "world_size": self.world.size,
             },
         )
-        sys.stdout.write(f"run: {self.folder}\n{trainer.claim()}\n")
+        self._log.check()
+        with naming(self.folder):
+            self._tracker.close()
+        sys.stdout.write(f"run: {self.folder}\n{claim}\n")
 
 
 def describe(config: TrainConfig, spec: WorkloadSpec, budget: Budget) -> str:

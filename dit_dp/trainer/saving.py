@@ -1,7 +1,9 @@
 """Where a run's weights come from, and its checkpoints."""
 
+import contextlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from dit_dp.errors import UsageError
+from dit_dp.errors import CheckpointError, UsageError
 from dit_dp.models.files import load_into, load_weights
 from dit_dp.models.weights import diffusers_to_reference
 from dit_dp.privacy import Position
@@ -113,6 +115,23 @@ def save(trainer: "Trainer") -> None:
         keep=config.keep_checkpoints,
         trainable_only=not config.full_checkpoints,
     )
+
+
+def write_or_save(trainer: "Trainer", write: Callable[[], object]) -> None:
+    """Have the first process write something between two steps; every process calls it.
+
+    If it cannot, the steps that were paid for are saved, where they can be, before all processes end.
+
+    Raises:
+        UsageError: It could not be written. The first process says so; the others end without a word.
+    """
+    try:
+        trainer.world.first(write)
+    except (UsageError, OSError, SystemExit):
+        if trainer.num_taken:
+            with contextlib.suppress(CheckpointError):
+                save(trainer)
+        raise
 
 
 def restore(trainer: "Trainer", checkpoint: checkpoints.Checkpoint) -> None:

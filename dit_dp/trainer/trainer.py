@@ -1,7 +1,7 @@
 """A run from budget to checkpoint: draw, charge, step, log; the same on one device and on many.
 
 **Guarantees**: a step is charged on the disk before its sum is formed, so what was released is never more than what was
-charged (of several processes the first keeps the ledger, and no sum is formed without its part); the step that would
+charged (of several processes the first keeps the ledger, and the others wait for the charge); the step that would
 exceed the budget is not taken; noise and samples come from fresh entropy of the operating system, after a resume too.
 **Edge cases**: a step without units releases noise and is charged like any other.
 """
@@ -17,16 +17,16 @@ import torch
 from torch import nn
 
 from dit_dp.clipping import attach
-from dit_dp.errors import UsageError
-from dit_dp.privacy import KEY_SIZE, Facts, Ledger, PoissonSampler, ShuffledSampler
+from dit_dp.privacy import KEY_SIZE, Facts, Ledger, Mechanism, PoissonSampler, ShuffledSampler
 from dit_dp.trainer.budget import Budget, claim
 from dit_dp.trainer.config import TrainConfig
 from dit_dp.trainer.data import RunData
 from dit_dp.trainer.feed import Feed
 from dit_dp.trainer.meter import LossMeter
+from dit_dp.trainer.price import Price, Spent
 from dit_dp.trainer.rates import learning_rate_at
 from dit_dp.trainer.reach import warn_of_noise_alone
-from dit_dp.trainer.saving import restore
+from dit_dp.trainer.saving import restore, write_or_save
 from dit_dp.trainer.world import World
 from dit_dp.training import PhaseRunner, make_optimizer, train_step
 from dit_dp.training.checkpoint import Checkpoint, base_digest
@@ -54,6 +54,7 @@ class Trainer:
         runner: Model, engine, optimizer and averages.
         step: The last step that was taken.
         base_sha256: Of the weights that no phase trains.
+        num_taken: Steps taken by this process.
         ledger: What was charged; `None` without a private method, and in processes that do not lead.
     """
 
@@ -87,7 +88,8 @@ class Trainer:
         self.feed = self._feed()
         self._noise = self._noise_generator()
         self._charged_before = world.shared(0 if self.ledger is None else self.ledger.num_charges)
-        self._num_taken = self.num_dropped = 0
+        self.num_taken = self.num_dropped = 0
+        self._price = Price(config.delta)
 
     # --- what a run is made of -------------------------------------------------------------------------------
 
@@ -169,7 +171,7 @@ class Trainer:
     @property
     def num_charges(self) -> int:
         """Steps charged so far, lost ones included."""
-        return int(self._charged_before) + self._num_taken
+        return int(self._charged_before) + self.num_taken
 
     def steps(self) -> Iterator[int]:
         """Take steps until the last one or the end of the budget; yield the number of each when it is taken."""
@@ -190,18 +192,11 @@ class Trainer:
     def take_step(self) -> None:
         """Charge and take the next step."""
         step, runner, budget = self.step + 1, self.runner, self.budget
+        if runner.engine.private:
+            write_or_save(self, partial(self._charge, step))
         runner.apply(step)
         rate = learning_rate_at(self.config, step, budget.num_steps)
         runner.optimizer.param_groups[0]["lr"] = rate
-        if self.ledger is not None:
-            self.ledger.charge(
-                step=step,
-                noise_multiplier=self._accounted_noise,
-                sample_rate=budget.sample_rate,
-                expected_batch_size=budget.batch_size,
-                max_grad_norm=self.config.max_grad_norm,
-                phase="+".join(runner.phase.groups),
-            )
         train_step(
             runner.engine,
             runner.optimizer,
@@ -214,7 +209,20 @@ class Trainer:
             on_phase=self._on_phase(step),
             row_to_unit=self.objective.row_to_unit,
         )
-        self.step, self._num_taken = step, self._num_taken + 1
+        self.step, self.num_taken = step, self.num_taken + 1
+
+    def _charge(self, step: int) -> None:
+        """Charge a step in the ledger; of several processes the first does, and the others wait for it."""
+        assert self.ledger is not None
+        schedule = self.runner.schedule
+        self.ledger.charge(
+            step=step,
+            noise_multiplier=self._accounted_noise,
+            sample_rate=self.budget.sample_rate,
+            expected_batch_size=self.budget.batch_size,
+            max_grad_norm=self.config.max_grad_norm,
+            phase="+".join(schedule.phases[schedule.index_at(step)].groups),
+        )
 
     def _on_phase(self, step: int) -> Callable[[str], None]:
         """Return what looks at the noised gradient, on steps that are logged, and counts what was dropped."""
@@ -233,15 +241,19 @@ class Trainer:
 
     # --- what is said ----------------------------------------------------------------------------------------
 
-    def spent(self) -> float | None:
-        """Return the epsilon of what was charged; `None` where none is claimed, or the accountant takes too long."""
+    def spent(self, *, exactly: bool) -> Spent | None:
+        """Return what was charged, or for the log a bound that costs little; `None` where no epsilon is claimed."""
         if self.ledger is None or not self.config.private or self.config.sampling != "poisson":
             return None
-        try:
-            return self.ledger.spent(self.config.delta)
-        except UsageError as error:  # what is charged is charged; its price can be asked for later
-            log.warning("epsilon is left out: %s", error)
-            return None
+        charged = self.ledger.mechanisms()
+        if exactly:
+            return self._price.exactly(charged)
+        budget = self.budget
+        left = budget.num_steps - self.step
+        if budget.most_charges is not None:
+            left = min(left, budget.most_charges - self.num_charges)
+        step = Mechanism(noise_multiplier=self._accounted_noise, sample_rate=budget.sample_rate, num_steps=1)
+        return self._price.at_most(charged, step, left)
 
     def claim(self) -> str:
         """Return what may be said of what was charged, in a line."""

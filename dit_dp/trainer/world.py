@@ -1,14 +1,16 @@
 """The processes that train together: this one, its device, and how the others are reached."""
 
+import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from dit_dp.errors import UsageError
 
@@ -16,6 +18,9 @@ T = TypeVar("T")
 
 WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 """What torchrun tells each process."""
+
+_SAID = "said_why"
+"""In the store: how many processes had a mistake to report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,7 @@ class World:
         device: Where it trains.
         group: Of all processes; `None` if it is alone.
         control: Of all processes, for numbers on the CPU, so that no device waits for them.
+        store: Of all processes, which answers each of them whatever became of the others.
     """
 
     rank: int
@@ -35,6 +41,7 @@ class World:
     device: torch.device
     group: dist.ProcessGroup | None
     control: dist.ProcessGroup | None = None
+    store: Any = None
 
     @property
     def leads(self) -> bool:
@@ -63,14 +70,14 @@ class World:
 
     def largest(self, number: int) -> int:
         """Return the largest of the processes' numbers; their devices do not wait for it."""
-        if self.control is None:
+        if self.group is None:
             return number
         held = torch.tensor(number)
-        dist.all_reduce(held, dist.ReduceOp.MAX, group=self.control)
+        dist.all_reduce(held, dist.ReduceOp.MAX, group=self.control or self.group)
         return int(held)
 
     def first(self, make: Callable[[], T]) -> T | None:
-        """Have the first process make something; the others go on when it is made.
+        """Have the first process make something; the others go on when it is made; their devices do not wait for it.
 
         Returns:
             In the first process what was made, in the others `None`.
@@ -78,15 +85,34 @@ class World:
         Raises:
             UsageError: It could not be made. The first process says so; the others end without a word.
         """
-        made, failure = None, None
+        made: T | None = None
+        failure: Exception | None = None
         if self.leads:
             try:
                 made = make()
-            except UsageError as error:
+            except (UsageError, OSError) as error:
                 failure = error
-        if self.shared(failure is not None):
+        if self.largest(failure is not None):
             raise failure or SystemExit(2)
         return made
+
+    @contextlib.contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """Let one process say why all of them end, as the first that fails says it; the others end without a word.
+
+        No process waits for another. One whose partner left in the middle of a step, because of what it has said, is
+        told so by a `RuntimeError`, and has nothing to add either.
+        """
+        try:
+            yield
+        except (UsageError, OSError):
+            if self.store is not None and self.store.add(_SAID, 1) > 1:
+                raise SystemExit(2) from None
+            raise
+        except RuntimeError:
+            if self.store is not None and self.store.add(_SAID, 0) > 0:
+                raise SystemExit(2) from None
+            raise
 
 
 def join_world(device: str) -> World:
@@ -111,10 +137,11 @@ def join_world(device: str) -> World:
             raise UsageError.for_value("devices", local + 1, f"at most {torch.cuda.device_count()}", fix)
         torch.cuda.set_device(local)
     torch.optim.SGD([torch.zeros(1)])  # what it imports would hold the group beyond its end, if it were there already
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    store, _, _ = next(rendezvous("env://"))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     place = torch.device(device, local) if device == "cuda" else torch.device(device)
     control = dist.new_group(backend="gloo") if device == "cuda" else dist.group.WORLD
-    return World(rank=rank, size=size, device=place, group=dist.group.WORLD, control=control)
+    return World(rank=rank, size=size, device=place, group=dist.group.WORLD, control=control, store=store)
 
 
 def leave_world(world: World) -> None:

@@ -22,6 +22,7 @@ from dit_dp.privacy import (
     steps_within,
 )
 from dit_dp.privacy.accounting import within
+from dit_dp.privacy.statement import rounded_up
 
 NUM_POINTS, FULL_POINTS = 6, 200
 
@@ -305,7 +306,7 @@ def statement(**changes: Any) -> PrivacyStatement:
 
 def test_a_statement_never_says_epsilon_alone() -> None:
     text = str(statement())
-    assert text.startswith(f"epsilon {epsilon(run(1.1, 0.05, 10), 1e-5):.4g}, delta 1e-05; ")
+    assert text.startswith(f"epsilon {rounded_up(epsilon(run(1.1, 0.05, 10), 1e-5))}, delta 1e-05; ")
     for words in ("unit: set, 4000", "neighbours: add or remove one unit", "sampling: Poisson", "noise multiplier 1.1"):
         assert words in text
     assert "promises nothing" not in text

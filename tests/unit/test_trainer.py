@@ -16,6 +16,7 @@ from dit_dp import train
 from dit_dp.console import parse
 from dit_dp.errors import UsageError
 from dit_dp.privacy import Ledger, Mechanism, epsilon
+from dit_dp.privacy.statement import rounded_up
 from dit_dp.trainer.budget import plan_budget
 from dit_dp.trainer.config import TrainConfig
 from dit_dp.trainer.dry import check_run
@@ -74,6 +75,9 @@ def test_a_run_writes_what_it_did(tmp_path: Path) -> None:
     assert [line["epsilon"] for line in lines] == sorted(line["epsilon"] for line in lines)
     log = (folder / "log.txt").read_text()
     assert "(step=0000004) Train Loss: " in log
+    assert f"Epsilon: {rounded_up(summary['epsilon'])} (delta 1e-05)" in log  # the last line has no mere bound
+    assert all(line["delta"] == 1e-5 and line["epsilon_charges"] >= line["num_charges"] for line in lines)
+    assert [line["num_charges"] for line in lines] == [1, 2, 3, 4]
     assert "not covered by epsilon" in log
     assert "delta 1e-05" in log
     assert (folder / "samples" / "step-00000004.png").is_file()
