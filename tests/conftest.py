@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.samples import SEED
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -31,6 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
         leads = not hasattr(config, "workerinput")
         config.pluginmanager.register(FullRecord(folder, lines_of_these_sources(), leads=leads))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was drawn where a sample of many combinations ran."""
+    terminalreporter.write_line(f"samples of tests.samples: SAMPLE_SEED={SEED}")
 
 
 @pytest.fixture

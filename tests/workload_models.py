@@ -16,6 +16,23 @@ SET: dict[str, Any] = {"input_size": 8, "sample_size": 3, "hidden_size": 16, "de
 PANDA: dict[str, Any] = {"input_size": 16, "hidden_size": 8, "depth": 2, "num_heads": 2, "num_classes": 5}
 UNITS = 4
 
+_INPUTS = "called with .* inputs, .* Opacus's hooks see one input by position"
+_ROWS = "takes every row for an example"
+REFUSED: dict[str, dict[str, str]] = {
+    "x2": {
+        **dict.fromkeys(("opacus", "opacus-functorch", "opacus-ghost"), _INPUTS),
+        "opacus-ew": "no rule for DualStr",
+    },
+    "set": {**dict.fromkeys(("opacus", "opacus-functorch", "opacus-ghost"), _ROWS), "opacus-ew": "no rule for SetEnc"},
+    "ddt": {"opacus-ew": "no rule for RMSNorm"},
+    "panda": {
+        **dict.fromkeys(("opacus", "opacus-functorch", "opacus-ghost"), _INPUTS),
+        "opacus-ew": "no rule for Panda",
+    },
+    "diffusers": {"opacus-ghost": "called more than once", "opacus-ew": "at least two dimensions"},
+}
+"""By workload, at its authors' options: the peers that refuse it, and what they say."""
+
 
 def x2(**options: Any) -> DualStreamDiT:
     return DualStreamDiT(**{**DIT, "x2_width": 12, "x2_num_heads": 2, **options})

@@ -45,7 +45,7 @@ def plan_budget(config: TrainConfig, spec: WorkloadSpec, num_units: int) -> Budg
     """Return what a run on so many units will do.
 
     Raises:
-        UsageError: No data, a batch larger than the data, or a budget that no noise keeps.
+        UsageError: No data, a batch larger than the data, steps of no phase, or a budget that no noise keeps.
     """
     if num_units == 0:
         raise UsageError.for_value("data", config.data, "at least one unit", "the data set is empty")
@@ -54,6 +54,10 @@ def plan_budget(config: TrainConfig, spec: WorkloadSpec, num_units: int) -> Budg
         raise UsageError.for_value("batch_size", config.batch_size, f"at most {num_units}", fix)
     rate = config.batch_size / num_units
     steps = config.steps or math.ceil((config.epochs or 0) / rate)
+    last = spec.schedule.phases[-1].end
+    if last is not None and steps > last:
+        fix = f"the last phase ends after step {last}, and the run takes {steps}; leave its end out"
+        raise UsageError.for_value("train", spec.train, "phases up to the last step", fix)
     sigma = config.noise_multiplier or 0.0
     most = None
     if config.epsilon is not None:

@@ -1,7 +1,7 @@
 """What trains when, as plain data. No torch, so that a command line can validate against it.
 
 Steps count from 1. A phase holds from its start to its end, both included: of ``encoder_then_full(N)`` steps 1 ... N
-train the encoder alone, and step N + 1 is the first that trains everything.
+train the encoder alone, and step N + 1 is the first that trains everything. In text, ``encoder:1-N,full:N+1-``.
 """
 
 import re
@@ -26,7 +26,11 @@ PRESETS: dict[str, str] = {
 }
 """Schedules by name, and what they train."""
 
-_PRESET = re.compile(r"(\w+)(?:\((\d+)\))?")
+PHASES = "phases such as encoder:1-5000,encoder+head:5001-9000,full:9001-"
+"""How phases are written: groups or presets joined by ``+``, a colon, the first step, ``-``, the last or nothing."""
+
+_PRESET = re.compile(r"(\w+)(?:\(([0-9]{1,15})\))?")
+_PHASE = re.compile(r"([^:]*):([0-9]{1,15})-([0-9]{1,15})?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,50 @@ class Schedule:
             wanted = None if phase.end is None else phase.end + 1
 
     @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the schedule of a preset, or of phases such as ``encoder:1-5000,encoder+head:5001-9000,full:9001-``.
+
+        A phase's name is a preset's, ``x2`` the branch with the head, or else a group's of the model.
+
+        Raises:
+            UsageError: Text that is neither, or phases that do not follow each other.
+        """
+        if ":" not in text:
+            return cls.preset(text)
+        phases, ranks = [], set()
+        for part in map(str.strip, text.split(",")):
+            match = _PHASE.fullmatch(part)
+            if match is None:
+                raise UsageError.for_value("train", part, PHASES)
+            names, start, end = match.groups()
+            try:
+                chosen = [cls._named(name) for name in names.split("+")] if names else []
+                groups = tuple(dict.fromkeys(group for one in chosen for group in one.phases[0].groups))
+                phases.append(Phase(groups=groups, start=int(start), end=int(end) if end else None))
+            except UsageError as error:
+                raise UsageError(f"train: {part}: {error}") from None
+            ranks |= {one.lora_rank for one in chosen} - {None}
+        if len(ranks) > 1:
+            raise UsageError.for_value("train", text, "one rank of adapters", "they stay what they are in all phases")
+        try:
+            return cls(phases=tuple(phases), lora_rank=ranks.pop() if ranks else None)
+        except UsageError as error:
+            raise UsageError(f"train: {error}") from None
+
+    @classmethod
+    def _named(cls, name: str) -> Self:
+        """Return what one name in a phase trains, as a schedule of one phase: a preset, or a group of the model."""
+        match = _PRESET.fullmatch(name)
+        if match is None:
+            raise UsageError.for_value("group", name, "a name, or a preset such as lora(8)")
+        if match[2] is None and match[1] not in {preset.partition("(")[0] for preset in PRESETS}:
+            return cls(phases=(Phase(groups=(name,)),))
+        found = cls.preset(name)
+        if len(found.phases) > 1:
+            raise UsageError.for_value("group", name, "a group, or a preset of one phase", "it has steps of its own")
+        return found
+
+    @classmethod
     def preset(cls, text: str) -> Self:
         """Return the schedule that a preset names, such as ``full``, ``encoder_then_full(5000)`` or ``lora(8)``.
 
@@ -98,7 +146,8 @@ class Schedule:
         name, number = match.groups() if match else (text, None)
         takes_number = {preset.partition("(")[0]: "(" in preset for preset in PRESETS}
         if takes_number.get(name) != (number is not None) or (number is not None and int(number) < 1):
-            raise UsageError.for_value("train", text, PRESETS, "with a number >= 1 for N or R")
+            accepted = f"{', '.join(PRESETS)}, or {PHASES}"
+            raise UsageError.for_value("train", text, accepted, "with a number >= 1 for N or R")
         if name == "encoder_then_full":
             steps = int(number or 0)
             return cls(phases=(Phase(groups=("encoder",), end=steps), Phase(groups=(ALL,), start=steps + 1)))

@@ -6,6 +6,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from dit_dp.errors import UnsupportedModelError
+
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Shard every transformer block alone, and the rest as one, in place.
@@ -16,7 +18,15 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
     Returns:
         The model.
+
+    Raises:
+        UnsupportedModelError: A parameter without dimensions, which FSDP2 cannot cut.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 0:
+            raise UnsupportedModelError(
+                f"model: parameter {name} is a scalar, which FSDP2 cannot cut; train with DistributedDataParallel"
+            )
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -61,7 +61,8 @@ class WorkloadConfig:
     objective: tuple[str, ...] = ()
     """Of the objective, each NAME=VALUE: path=additive, multiplicity=4."""
     train: str | None = None
-    """What trains: full, x2, encoder_then_full(N), attention, bias_norm, adaln, lora(R) or head."""
+    """What trains: full, x2, encoder_then_full(N), attention, bias_norm, adaln, lora(R) or head; or phases, each
+    GROUPS:START-END: encoder:1-5000,encoder+head:5001-9000,full:9001-."""
 
     def __post_init__(self) -> None:
         """Check every field, alone and together."""
@@ -87,7 +88,7 @@ class WorkloadSpec:
         model: Name of the model with its patch size.
         arguments: Of the model's class.
         objective: What it is trained on.
-        train: Preset of what trains.
+        train: What trains when: a preset, or phases, as `Schedule.parse` reads them.
         image_size: Side of the image in pixels.
         latent_downsample: Pixels per input position.
         latent_size: H = W, side of the model's input.
@@ -132,7 +133,7 @@ class WorkloadSpec:
     @property
     def schedule(self) -> Schedule:
         """What trains when."""
-        return Schedule.preset(self.train)
+        return Schedule.parse(self.train)
 
     @property
     def in_latents(self) -> bool:
@@ -168,7 +169,7 @@ class _Resolver:
         arguments = self._arguments(size)
         self._check_widths(arguments)
         train = config.train or own.train
-        Schedule.preset(train)
+        Schedule.parse(train)
         dropout, learn_sigma = self._dropout(), self._learn_sigma()
         label = f"{size}/{patch}" if own.sizes else str(size)
         if own.family == "diffusers":

@@ -54,7 +54,7 @@ def train_first_phase(model: nn.Module, schedule: Schedule) -> nn.Module:
     """
     if schedule.lora_rank is not None:
         add_lora(model, schedule.lora_rank)
-    chosen = set(members(model, schedule.phases[0].groups))
+    chosen, *_ = [set(members(model, phase.groups)) for phase in schedule.phases]  # later ones: are there such groups
     for name in {name for names in parts_of(model).values() for name in names}:
         model.get_parameter(name).requires_grad_(name in chosen)
     return model

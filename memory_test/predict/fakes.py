@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -33,12 +34,13 @@ STAND_INS: dict[str, Callable[..., Any]] = {
 
 @contextlib.contextmanager
 def workable() -> Iterator[None]:
-    """Have modules of fake tensors converted and copied, and their parameters expanded.
+    """Have modules of fake tensors converted and copied, their parameters expanded, and files of weights read.
 
     torch would swap a module's fake parameters, deep-copy a fake tensor with its mode (2.13: memory is corrupted), and
-    refuse to make a subclass of one.
+    refuse to make a subclass of one; safetensors views storages, which have data.
     """
     apply, deepcopy, new = nn.Module._apply, FakeTensor.__deepcopy__, ExpandedWeight.__new__
+    load_file = safetensors.torch.load_file
 
     def convert(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if not any(isinstance(parameter, FakeTensor) for parameter in module.parameters()):
@@ -68,10 +70,17 @@ def workable() -> Iterator[None]:
             blank = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
             return torch.Tensor._make_subclass(cls, blank, True)
 
+    def read(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            found = load_file(*args, **kwargs)
+        return {name: torch.empty_like(tensor) for name, tensor in found.items()}
+
+    safetensors.torch.load_file = read
     nn.Module._apply, FakeTensor.__deepcopy__ = convert, copied  # type: ignore[method-assign]
     ExpandedWeight.__new__ = expanded  # type: ignore[method-assign]
     try:
         yield
     finally:
+        safetensors.torch.load_file = load_file
         nn.Module._apply, FakeTensor.__deepcopy__ = apply, deepcopy  # type: ignore[method-assign]
         ExpandedWeight.__new__ = new  # type: ignore[method-assign]

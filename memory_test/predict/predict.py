@@ -15,6 +15,7 @@ from memory_test.core.measure import MEMORY_STEPS, Measured, Wrap, run_loop, sum
 from memory_test.core.meters import MemoryReading, TaggingMeter, Times, forward_only
 from memory_test.core.model_args import is_custom
 from memory_test.predict.cards import Card
+from memory_test.predict.cpu_temporaries import CpuTemporaries
 from memory_test.predict.fakes import STAND_INS
 from memory_test.predict.imagine import imagine, on_this_machine
 from memory_test.predict.replay import Peaks, Place, as_log, replay
@@ -122,7 +123,7 @@ def imagined_run(
 def _run(resolved: dict[str, Any], card: Card | None, num_steps: int, whole: bool, rates: Rates | None) -> Imagined:
     """Trace every step."""
     if card is None:
-        tracer = Tracer(stand_ins=STAND_INS, host_too=True)
+        tracer = Tracer(CpuTemporaries(resolved["num_threads"]), STAND_INS, host_too=True)
         cost = on_this_machine(measured(torch.device("cpu"), torch.float32))
     else:
         tracer = Tracer(CudaTemporaries(card), STAND_INS)

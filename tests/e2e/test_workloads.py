@@ -38,6 +38,22 @@ def test_a_run_says_its_units_and_what_trains(tmp_path: Path, capsys: pytest.Cap
     assert record.breakdown_by_part["encoder"]["optimizer_state"] > 0
 
 
+def test_phases_are_recorded_as_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = "encoder:1-5,dit+encoder:6-9,full:10-"
+    rest = ("--experiment", "ghost", "--train", train, "--num-iter", 1, "--warmup", 0, "--num-threads", 1)
+    assert call("run", "--workload", "set", *TINY["set"], *rest, "--output", tmp_path / "r.json") == 0
+    assert f"trains encoder ({train})" in capsys.readouterr().err
+    resolved = store.load(tmp_path / "r.json").config_resolved
+    assert (resolved["train"], resolved["trained_groups"]) == (train, ["encoder"])
+
+
+def test_an_unknown_group_is_a_mistake_in_run_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rest = ("--experiment", "ghost", "--train", "encoder:1-5,encodr:6-", "--output", tmp_path / "r.json")
+    assert call("run", "--workload", "set", *TINY["set"], *rest) == 2
+    assert "memory-test: error: group of SetDiT: got 'encodr'" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "r.json").exists()
+
+
 @pytest.mark.parametrize("name", ["set", "ddt"])
 def test_predict_and_plan(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     workload = ("--workload", name, *TINY[name])
@@ -67,7 +83,8 @@ def test_a_sweep_takes_workloads(tmp_path: Path) -> None:
     path.write_text(
         "base: {workload: x2, model: DiT-S/2, batch_size: 2}\n"
         "grid: {experiment: [vanilla, ghost], train: [x2, full]}\n"
-        "cells: [{workload: set, model: Set/2, experiment: auto, model_options: [sample_size=3]}]\n"
+        "cells: [{workload: set, model: Set/2, experiment: auto, model_options: [sample_size=3]},\n"
+        "  {workload: set, model: Set/2, experiment: auto, train: 'encoder:1-9,full:10-'}]\n"
     )
     cells = load_sweep(path).cells
     assert [(cell.workload, cell.experiment, cell.train) for cell in cells] == [
@@ -76,8 +93,9 @@ def test_a_sweep_takes_workloads(tmp_path: Path) -> None:
         ("x2", "ghost", "x2"),
         ("x2", "ghost", "full"),
         ("set", "auto", None),
+        ("set", "auto", "encoder:1-9,full:10-"),
     ]
-    assert cells[-1].spec.objective.set_size == 3
+    assert cells[-2].spec.objective.set_size == 3
 
 
 @pytest.mark.parametrize(
@@ -93,6 +111,14 @@ def test_a_sweep_takes_workloads(tmp_path: Path) -> None:
         ("predict --gpu cpu --experiment ghost --workload panda --depth 1 --image-size 16 --train x2", "got 'x2'"),
         ("inspect --workload set --train x2", "group of SetDiT: got 'x2'"),
         ("doctor --workload dit --train encoder_then_full(5)", "group of DiT: got 'encoder'"),
+        ("run --workload set --experiment ghost --train encoder:1-5,full:5-", "got 5; accepted: 6; they overlap"),
+        ("predict --workload set --experiment ghost --train encoder:1-5,full:8-", "got 8; accepted: 6"),
+        ("plan --workload set --train :1-5,full:6-", "a phase that trains nothing"),
+        ("doctor --workload set --train encoder:5-3,full:6-", "the phase starts at step 5"),
+        ("inspect --workload set --train encoder:1-5,full", "train: got 'full'; accepted: phases such as"),
+        ("inspect --workload set --train encoder:1-5,encodr:6-", "group of SetDiT: got 'encodr'"),
+        ("predict --gpu cpu --experiment ghost --workload panda --depth 1 --train head:1-5,hed:6-", "got 'hed'"),
+        ("doctor --workload set --train encodr:1-5,full:6-", "group of SetDiT: got 'encodr'"),
         ("inspect --workload set --model-options sample_size=1", "set_size: got 1"),
         ("inspect --workload ddt --image-size 100", "image_size: got 100"),
     ],

@@ -14,6 +14,7 @@ from dit_dp.models import DiT, DiTHuggingFaceWrapper
 from dit_dp.models.dit import randomize_zero_init_
 from dit_dp.objectives import DDPMObjective
 from tests.models import DIFFUSERS, groups_of
+from tests.workload_models import REFUSED
 
 PRIVATE = [name for name, method in METHODS.items() if method.private]
 OBJECTIVE = DDPMObjective(learn_sigma=True, class_dropout_prob=0.5)
@@ -97,8 +98,12 @@ def test_dit_with_activation_checkpointing(method: str) -> None:
 
 @pytest.mark.parametrize("method", [m for m in PRIVATE if METHODS[m].supports_autocast])
 def test_dit_under_bf16_autocast(method: str) -> None:
+    check_bf16(method, tiny_dit())
+
+
+def check_bf16(method: str, model: nn.Module) -> None:
     """Operands rounded to bf16 (relative 2^-9 each) leave the sum within a few per cent."""
-    model, batch = tiny_dit(), draw()
+    batch = draw()
     wanted, norms = clipped_sum(model, OBJECTIVE, batch, 1e9)
     engine = attach(model, method, max_grad_norm=1e9)
 
@@ -128,19 +133,26 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-REFUSED = {"opacus-ghost": "called more than once", "opacus-ew": "at least two dimensions"}
+def wrapped(folder: Path) -> DiTHuggingFaceWrapper:
+    """Return diffusers' model from its folder."""
+    return DiTHuggingFaceWrapper(
+        model_name=str(folder), img_size=64, patch_size=2, in_channels=4, num_classes=5, pretrained=True
+    ).train()
 
 
 @pytest.mark.parametrize("method", PRIVATE)
 def test_diffusers_model(method: str, saved: Path) -> None:
     """Block 0's embedder runs twice in a forward: cross terms count."""
-    wrapper = DiTHuggingFaceWrapper(
-        model_name=str(saved), img_size=64, patch_size=2, in_channels=4, num_classes=5, pretrained=True
-    ).train()
-    if method in REFUSED:
+    wrapper = wrapped(saved)
+    if method in REFUSED["diffusers"]:
         before = [p.detach().clone() for p in wrapper.parameters()]
-        with pytest.raises(UnsupportedModelError, match=REFUSED[method]):
+        with pytest.raises(UnsupportedModelError, match=REFUSED["diffusers"][method]):
             attach(wrapper, method).accumulate(OBJECTIVE, draw())
         assert all(torch.equal(p, q) for p, q in zip(wrapper.parameters(), before, strict=True))
         return
     assert error_of(method, wrapper, draw()) < 1e-5
+
+
+@pytest.mark.parametrize("method", [m for m in PRIVATE if m not in REFUSED["diffusers"]])
+def test_diffusers_model_under_bf16_autocast(method: str, saved: Path) -> None:
+    check_bf16(method, wrapped(saved))

@@ -1,4 +1,4 @@
-"""Every model x every method of ours against the float64 loop: none is refused, and all are exact."""
+"""Every model x every method of ours against the float64 loop: none is refused, all are exact. Peers where they run."""
 
 from functools import cache
 
@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from dit_dp.clipping import METHODS, attach
 from dit_dp.clipping.batch import Batch
 from dit_dp.clipping.reference import clipped_sum
+from dit_dp.errors import UsageError
 from dit_dp.models import DualStreamDiT, SetDiT
 from tests.models import groups_of
-from tests.workload_models import CASES, build, draw
+from tests.samples import sampled
+from tests.workload_models import CASES, REFUSED, build, draw
 
 OURS = [name for name, method in METHODS.items() if method.private and not method.peer]
+PEERS = [name for name, method in METHODS.items() if method.peer]
 FROZEN = {
     "x2": ("x2", "head"),
     "x2 averaged": ("x2", "head"),
@@ -60,8 +63,9 @@ def check(method: str, name: str, *, frozen: bool = False, **options: bool) -> N
     engine.privatize(noise_multiplier=0.0, expected_batch_size=1)
     assert engine.parameters.keys() == wanted.keys()
     assert relative_error(engine.parameters, wanted) < 1e-5
-    assert got is not None
-    torch.testing.assert_close(got.double(), norms, rtol=1e-5, atol=0)
+    assert got is not None or method in PEERS  # whose hooks do not say the norms
+    if got is not None:
+        torch.testing.assert_close(got.double(), norms, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -74,6 +78,18 @@ def test_clipped_sum_equals_the_oracle(method: str, name: str) -> None:
 @pytest.mark.parametrize("method", OURS)
 def test_with_the_rest_frozen(method: str, name: str) -> None:
     check(method, name, frozen=True)
+
+
+@pytest.mark.parametrize("name", ["x2", "ddt", "ddt plain", "set film", "panda"])
+@pytest.mark.parametrize("method", PEERS)
+def test_peers_are_exact_or_refuse_by_name(method: str, name: str) -> None:
+    """Only DDT keeps to layers and one input; without RMSNorm every peer takes it."""
+    refusal = None if name == "ddt plain" else REFUSED[name.partition(" ")[0]].get(method)
+    if refusal is None:
+        check(method, name)
+        return
+    with pytest.raises(UsageError, match=refusal):
+        check(method, name)
 
 
 @pytest.mark.parametrize("name", ["x2", "ddt", "set variational", "panda"])
@@ -97,11 +113,10 @@ def unclipped(name: str) -> tuple[dict[str, Tensor], Tensor]:
     return clipped_sum(build(name), objective, batch, 1e9, units)
 
 
-BF16 = [(method, name) for method in ("bookkeeping", "ghost") for name in CASES]
-BF16 += [(method, name) for method in OURS if (method, "x2") not in BF16 for name in ("x2", "set lag", "ddt", "panda")]
+BF16 = [(method, name) for method in OURS for name in CASES]
 
 
-@pytest.mark.parametrize(("method", "name"), BF16)
+@pytest.mark.parametrize(("method", "name"), sampled(BF16, 40))
 def test_under_bf16_autocast(method: str, name: str) -> None:
     """Operands rounded to bf16 (relative 2^-9 each) leave sum and norms within a few per cent."""
     objective, batch, units = draw(name)

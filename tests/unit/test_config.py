@@ -116,6 +116,7 @@ def test_what_a_users_model_decides_is_refused(name: str, value: object) -> None
         ({"objective": ("multiplicity=2",), "experiment": "opacus"}, ["experiment", "a unit here has 2"]),
         ({"train": "encoder_then_full(0)"}, ["train", "encoder_then_full(0)", "a number >= 1"]),
         ({"train": "everything"}, ["train", "'everything'", "bias_norm"]),
+        ({"train": "head:1-5,full:7-"}, ["train", "start of phase 2", "got 7", "accepted: 6"]),
         ({"workload": "x2", "pretrained": True}, ["workload", "'x2'", "drop --pretrained"]),
         ({"workload": "ddt", "model_options": ("num_heads=[5,5]",)}, ["hidden_size", "multiple of 5"]),
     ],
@@ -159,6 +160,8 @@ def test_a_schedule_starts_with_its_first_phase() -> None:
     resolved = resolve(workload="set", train="encoder_then_full(5000)", objective=["multiplicity=2"])
     assert (resolved["train"], resolved["trained_groups"]) == ("encoder_then_full(5000)", ["encoder"])
     assert resolved["rows_per_unit"] == 12
+    resolved = resolve(workload="ddt", train="encoder+head:1-5,full:6-")
+    assert (resolved["train"], resolved["trained_groups"]) == ("encoder+head:1-5,full:6-", ["encoder", "head"])
 
 
 @pytest.mark.parametrize(

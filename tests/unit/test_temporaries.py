@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memory_test.predict.cards import CARDS
+from memory_test.predict.cpu_temporaries import CpuTemporaries, attention_bytes
 from memory_test.predict.imagine import imagine
 from memory_test.predict.predict import STAND_INS
 from memory_test.predict.roofline import Rates, rule_seconds
@@ -167,3 +168,23 @@ def test_gradients_are_added_up_in_the_first_unless_a_graph_is_made() -> None:
     assert births_in_backward(create_graph=True) > in_place
     # ones of the scalar, two products, the product with 5: the sum of the two is no storage of its own
     assert in_place == 4
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "backward", "num_bytes"),
+    [
+        (64, 1, 16512),
+        (144, 1, 36992),
+        (64, 0, 4 * 32 * (64 + 2 + 16)),
+        (256, 1, 4 * 64 * 513),
+        (1024, 1, 4 * 256 * 1025),
+    ],
+)
+def test_attention_on_the_cpu_takes_a_block_of_scores_a_thread(num_queries: int, backward: int, num_bytes: int) -> None:
+    """The first two are the CPU allocator's own, torch 2.13."""
+    assert attention_bytes(1, num_queries, num_queries, 16, backward) == num_bytes
+    name, each = "_scaled_dot_product_flash_attention_for_cpu", heads(2, 3, num_queries, 16)
+    args = [each] * (4 if backward else 3)
+    (found,) = CpuTemporaries(2)(f"{name}_backward" if backward else name, args, bool(backward))
+    assert found.rule(*found.numbers) == 2 * num_bytes
+    assert CpuTemporaries(2)("mm", args, False) == []

@@ -84,6 +84,17 @@ def test_a_run_writes_what_it_did(tmp_path: Path) -> None:
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000004"]
 
 
+def test_a_run_goes_through_the_phases_it_was_given(tmp_path: Path) -> None:
+    run(tiny(tmp_path, train="head:1-1,head+bias_norm:2-3,full:4-4"))
+    lines = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    modes = [line["training_mode"] for line in lines]
+    assert modes == ["FROZEN_backbone (step 1/1)", *(f"PARTIAL_head+bias_norm (step {n}/3)" for n in (2, 3)), "FULL"]
+    assert [line["debug/grad_norm_backbone"] > 0 for line in lines] == [False, True, True, True]
+    assert (
+        json.loads((only_run(tmp_path) / "config.json").read_text())["train"] == "head:1-1,head+bias_norm:2-3,full:4-4"
+    )
+
+
 def test_a_run_goes_on_where_it_was_and_pays_for_what_was_lost(tmp_path: Path) -> None:
     run(tiny(tmp_path, steps=3, checkpoint_every=2))
     folder = only_run(tmp_path)
@@ -158,6 +169,10 @@ def test_what_is_not_private_says_so(tmp_path: Path, changes: dict[str, Any], sa
         (SETS, "each class (9 of 1797 would be in no set: class 0 has 178, 1 over"),
         ({"set_remainder": "leave"}, "set_remainder: got 'leave'; accepted: refuse, drop"),
         ({"weights_are_public": True}, "weights_are_public: got True"),
+        ({"train": "head:1-2,full:2-"}, "they overlap"),
+        ({"train": "head:1-2,hed:3-"}, "group of DiT: got 'hed'"),
+        ({"train": "head:1-2,full:3-3"}, "the last phase ends after step 3, and the run takes 4"),
+        ({"train": "head:1-2,full:3-3", "steps": None, "epochs": 1.0}, "the last phase ends after step 3"),
         ({"tracker": "tensorboard", "insecure_seed": -1}, "insecure_seed: got -1"),
     ],
 )
@@ -314,6 +329,9 @@ def test_a_command_line_mistake_has_exit_code_2(tmp_path: Path, capsys: pytest.C
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("dit-dp: error: epsilon: got None")
+    words = ["--data", "digits", "--steps", "3", "--noise-multiplier", "1", "--train", "head:1-5,full:4-"]
+    assert train.main([*words, "--output-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("dit-dp: error: train: phases: start of phase 2: got 4")
 
 
 @pytest.mark.parametrize("changes", [{}, {**SETS, "set_remainder": "drop", "held_out": 0.1}], ids=["images", "sets"])
