@@ -36,10 +36,12 @@ reference: $(VENV)/.installed
 # Every system, small, measured: its memory by part, ten minutes on 2 cores that do nothing else; and `auto` against its
 # ordinary training, in turns on one thread, half an hour.
 workloads: $(VENV)/.installed
-	mkdir -p results/workloads results/workloads_auto
+	mkdir -p results/workloads results/workloads_auto results/diffusers_auto build/small-diffusers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lora]'
 	$(BIN)/memory-test sweep workloads --output-dir results/workloads --report
 	$(BIN)/memory-test compare workloads_auto --output-dir results/workloads_auto
+	$(BIN)/python memory_test/diffusion_profile/small_diffusers.py build/small-diffusers
+	$(BIN)/memory-test compare diffusers_auto --output-dir results/diffusers_auto
 
 # Every system at its authors' size, predicted for one H100; what attention takes at panda's 4096 tokens where its
 # matrices are kept; what norms cost by either rule; and one image of 16,384 tokens. A minute or two.
