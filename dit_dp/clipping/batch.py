@@ -108,7 +108,7 @@ def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
     """Return ``min(1, C / (norm + 1e-6))`` per example, and 0 where the norm is not finite.
 
     Args:
-        norms: (N,) norms of the per-example gradients.
+        norms: (N,) norms of the per-example gradients, roots of float32 numbers or better.
         max_grad_norm: C.
 
     **Guarantees**: factor * norm <= C. **Edge cases**: norm 0 gives 1; infinity and NaN give 0, that is, the

@@ -30,8 +30,8 @@ def run_plan(args: PlanArgs) -> int:
     """Plan and report; return the exit code.
 
     Raises:
-        UsageError: None of the private methods fits, nor any other where only others were asked for; what was found is
-            reported first.
+        UsageError: None of the private methods fits or runs, nor any other where only others were asked for; what was
+            found is reported first.
     """
     plan = make_plan(args)
     sys.stdout.write(describe_plan(plan) + "\n")
@@ -41,7 +41,9 @@ def run_plan(args: PlanArgs) -> int:
     wanted = [row for row in plan.methods if METHODS[row.method].private] or plan.methods
     if not any(row.status == "fits" for row in wanted):
         nearest = min(wanted, key=lambda row: (row.status != "too large", row.peak_reserved_bytes or math.inf))
-        raise UsageError(f"gpu: nothing fits {args.card.name}: {nearest.method}: {nearest.reason}")
+        if nearest.status == "refused":
+            raise UsageError(f"methods: none of them can run; {nearest.method}: {nearest.reason}")
+        raise UsageError(f"gpu: nothing fits {args.card.name}; {nearest.method}: {nearest.reason}")
     return 0
 
 

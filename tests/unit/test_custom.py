@@ -103,7 +103,7 @@ def test_a_plan_calls_what_one_method_cannot_do_a_refusal(
         "    return model, lambda model, batch: model(*batch).square().mean(1), (torch.randn(4, 2, 6),)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert main(["plan", "--model", "own_convolution:build", "--batch-size", "8", "--methods", "ghost"]) == 1
+    assert main(["plan", "--model", "own_convolution:build", "--batch-size", "8", "--methods", "ghost"]) == 2
     said = capsys.readouterr().out
     assert "ghost: refused: " in said
     assert "no rule for Conv1d" in said
