@@ -9,7 +9,7 @@ DEMO_DIR ?= results/runs/demo
 TEST_WORKERS ?= 2
 
 .PHONY: demo test test-full lint reference workloads systems engine-cpu auto-search mnist trainer-overhead seeds \
-        emulator-check gpu-campaign clean
+        emulator-check prediction-times gpu-campaign clean
 
 demo: $(VENV)/.installed
 	@mkdir -p $(dir $(DEMO_DIR))
@@ -92,10 +92,17 @@ mnist: $(VENV)/.installed
 	$(BIN)/dit-dp evaluate mnist:train --test mnist:test --output $(MNIST_RUNS)/real.json
 	$(BIN)/python memory_test/diffusion_profile/mnist_result.py $(MNIST_RUNS) results/mnist
 
-# Drawing, charging, logging and averaging on top of the engine's step: some minutes on one core.
+# Drawing, charging, logging and averaging on top of the engine's step, ten minutes on one core; a Poisson draw and the
+# search for a noise multiplier, a minute.
 trainer-overhead: $(VENV)/.installed
 	mkdir -p results/trainer
 	$(BIN)/python memory_test/diffusion_profile/trainer_overhead.py results/trainer/overhead.json
+	$(BIN)/python memory_test/diffusion_profile/privacy_times.py results/trainer/privacy_times.json
+
+# How long a prediction of DiT-XL/2 takes by each method, and a plan: three minutes on 2 cores that do nothing else.
+prediction-times: $(VENV)/.installed
+	mkdir -p results/prediction
+	$(BIN)/python memory_test/diffusion_profile/prediction_times.py results/prediction/times.json
 
 # The commands the project was started with, at full size. On a machine without some 50 GB the second ends, as it
 # should, in a record with status oom and exit code 1.
