@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,14 @@ def command(*words: str) -> dict[str, Any]:
         RuntimeError: It failed.
     """
     start = time.perf_counter()
-    process = subprocess.Popen((sys.executable, "-m", "memory_test.cli", *words), stdout=-3, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    said = process.stderr.read().decode()
-    _, status, used = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if status:
-        raise RuntimeError(f"memory-test {' '.join(words)}: {said.strip()[-500:]}")
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen((sys.executable, "-m", "memory_test.cli", *words), stdout=said, stderr=said)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        if status:
+            said.seek(0)
+            raise RuntimeError(f"memory-test {' '.join(words)}: {said.read().decode().strip()[-500:]}")
     return {"command": ["memory-test", *words], "seconds": seconds, "peak_resident_bytes": 1024 * used.ru_maxrss}
 
 
