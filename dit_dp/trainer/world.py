@@ -159,8 +159,9 @@ def launch(devices: int, argv: Sequence[str]) -> int:
     """Have torchrun start one process a device with the same arguments.
 
     Returns:
-        The exit code of the first process that failed, or a shell's for the signal that ended them; they have said why
-        themselves. 0: none of this.
+        The exit code of a process that failed, or a shell's for the signal that ended them; they have said why
+        themselves. 0: none of this. Gloo may abort a process whose partner has said why and left: 134, if that is seen
+        first.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -170,7 +171,8 @@ def launch(devices: int, argv: Sequence[str]) -> int:
     try:
         main(["--standalone", f"--nproc_per_node={devices}", "-m", "dit_dp.train", *argv])
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
+        codes = [failure.exitcode for failure in error.failures.values()]
+        code = next((code for code in codes if code > 0), error.get_first_failure()[1].exitcode)
         return code if code > 0 else 128 - code  # as a shell says it of a signal
     except SignalException as error:
         return 128 + int(error.sigval)

@@ -13,6 +13,9 @@ from dit_dp.trainer.world import join_world
 from tests.e2e.test_stopped_run import OPTIONS, TIMEOUT_S
 from tests.unit.test_trainer import only_run, tiny
 
+ABORTED = 134
+"""Exit code of a process that Gloo aborts at its end, since its partner has left, if torchrun sees that first."""
+
 LIMIT = 4096
 """Bytes that a file may have: what a write beyond it says is what a full disk says, of any file."""
 
@@ -40,7 +43,9 @@ def train(folder: Path, *options: str, limit: int | None = None) -> tuple[int, l
 )
 def test_two_processes_say_it_once(tmp_path: Path, options: list[str], said: str) -> None:
     code, lines = train(tmp_path, "--devices", "2", *options, limit=LIMIT)
-    assert code == 2
+    if code == ABORTED:  # Gloo's doing, and C++'s words
+        lines = [line for line in lines if not line.startswith(("terminate called", "  what():"))]
+    assert code in (2, ABORTED), lines
     assert len(lines) == 1, lines
     assert said in lines[0]
 
