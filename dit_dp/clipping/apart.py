@@ -1,13 +1,12 @@
 """Whether one unit's loss has a gradient at another's rows, which would leave no per-unit gradient to clip."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from dit_dp.clipping.batch import gradients_aside
 from dit_dp.clipping.compiled import donates, walking_twice
 from dit_dp.clipping.contributions import Contribution, Direct, Outer
 from dit_dp.clipping.graph import nodes_of
@@ -68,7 +67,8 @@ class Look:
     def walk(self, losses: Tensor, unit: int, method: str) -> None:
         """Back-propagate one loss of several and keep the graph; leaves get nothing."""
         self._unit = unit
-        with walking_twice(losses, method), _leaves_untouched(losses):
+        leaves = (node.variable for node in nodes_of(losses) if hasattr(node, "variable"))
+        with walking_twice(losses, method), gradients_aside(leaves):
             torch.autograd.backward(losses[unit], retain_graph=True)
 
     def saw(self, name: str, part: Contribution) -> None:
@@ -77,17 +77,3 @@ class Look:
             require_apart(self._unit, f"parameter {name}", nonzero_rows(part))
         except CoupledExamplesError as error:
             self.error = self.error or error
-
-
-@contextlib.contextmanager
-def _leaves_untouched(losses: Tensor) -> Iterator[None]:
-    """Put back what the leaves of a graph have in `.grad`."""
-    leaves = [node.variable for node in nodes_of(losses) if hasattr(node, "variable")]
-    earlier = [leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    try:
-        yield
-    finally:
-        for leaf, gradient in zip(leaves, earlier, strict=True):
-            leaf.grad = gradient

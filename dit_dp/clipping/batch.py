@@ -1,6 +1,7 @@
 """A batch is a tuple or a dict of tensors whose first dimension is rows (examples)."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -93,14 +94,21 @@ def gradients_of(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[Tenso
         parameters: Leaves; one the loss does not use has `None`.
     """
     leaves = list(parameters)
-    earlier = [leaf.grad for leaf in leaves]
-    try:
-        for leaf in leaves:
-            leaf.grad = None
+    with gradients_aside(leaves):
         loss.backward()  # type: ignore[no-untyped-call]
         return [leaf.grad for leaf in leaves]
+
+
+@contextlib.contextmanager
+def gradients_aside(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Take what leaves have in `.grad` away, and put it back."""
+    earlier = [(leaf, leaf.grad) for leaf in leaves]
+    try:
+        for leaf, _ in earlier:
+            leaf.grad = None
+        yield
     finally:
-        for leaf, grad in zip(leaves, earlier, strict=True):
+        for leaf, grad in earlier:
             leaf.grad = grad
 
 

@@ -14,15 +14,13 @@ import torch
 from dit_dp.clipping import tiled
 from dit_dp.clipping.contributions import Direct, Outer
 from dit_dp.clipping.lives import WeightCall
-from dit_dp.clipping.planner import NORM_RULES
+from dit_dp.clipping.planner import RULES
 
 REPEATS = 5
 """Timed runs of each rule, in turns, of which the fastest counts: what else a machine does only adds."""
 
 MOST_UNITS = 4
 """Units measured at once; more cost in proportion."""
-
-RULES = ("keep", *NORM_RULES)
 
 
 def measured(device: torch.device, dtype: torch.dtype) -> Callable[[str, int, WeightCall], float]:
@@ -69,7 +67,7 @@ def _seconds(
         outer.add_clipped(None, factors, shape, None)
 
     clock = _clock(device)
-    fastest = dict.fromkeys(RULES, float("inf"))
+    fastest: dict[str, float] = dict.fromkeys(RULES, float("inf"))
     rules = RULES if device.type != "cuda" or find_spec("triton") else [rule for rule in RULES if rule != "tiled"]
     with torch.no_grad():
         for index in range(-1, REPEATS):

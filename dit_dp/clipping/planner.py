@@ -15,6 +15,7 @@ from dit_dp.clipping.lives import Trial, WeightCall
 
 NormRule = Literal["ghost", "direct", "tiled"]
 NORM_RULES: tuple[NormRule, ...] = get_args(NormRule)
+RULES: tuple[NormRule | Literal["keep"], ...] = ("keep", *NORM_RULES)
 Cost = Callable[[str, int, WeightCall], float]
 """Seconds of ``keep`` or a norm rule for so many units of a weight: norm and clipped sum; infinity if it cannot run."""
 

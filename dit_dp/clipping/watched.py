@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_dp.clipping.apart import Look, can_walk_again
-from dit_dp.clipping.batch import Batch, LossFn, clip_factors
+from dit_dp.clipping.batch import Batch, LossFn, clip_factors, gradients_aside
 from dit_dp.clipping.compiled import compiling, outside_graphs, uncompiled, walking_twice
 from dit_dp.clipping.contributions import Contribution
 from dit_dp.clipping.coverage import covered, layers_to_watch, refusal
@@ -242,18 +242,12 @@ class WatchedEngine(Engine):
     def _take_norms(self, losses: Tensor) -> None:
         """Back-propagate the sum of losses; what reaches `.grad` meanwhile went past the layers."""
         parameters = self.model_parameters
-        earlier = {name: p.grad for name, p in parameters.items()}
-        for parameter in parameters.values():
-            parameter.grad = None
         self._squares = losses.new_zeros(losses.shape[0], dtype=torch.promote_types(losses.dtype, torch.float32))
-        try:
+        with gradients_aside(parameters.values()):
             with walking_twice(losses, self.method) if self.walks_twice else contextlib.nullcontext():
                 weights = torch.full_like(losses, self._loss_weight)
                 torch.autograd.backward(losses, weights, retain_graph=self.walks_twice)
             foreign = [name for name, p in parameters.items() if p.grad is not None]
-        finally:
-            for name, parameter in parameters.items():
-                parameter.grad = earlier[name]
         if foreign:
             raise UnsupportedModelError(
                 f"model: parameter {foreign[0]} is used outside its layer's forward, so its per-example gradient "

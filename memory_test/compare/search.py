@@ -11,14 +11,13 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from dit_dp.clipping import attach
 from dit_dp.clipping.auto import AutoEngine
 from dit_dp.clipping.batch import num_rows
-from dit_dp.clipping.planner import NORM_RULES, Curve, NormRule, Plan, Step
+from dit_dp.clipping.planner import RULES, Curve, Plan, Step
 from dit_dp.clipping.units import Units
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.workload import build_data, build_model, loss_function
@@ -96,8 +95,7 @@ def all_plans(step: Step, chosen: Plan) -> Iterator[Plan]:
         work = {shape: math.prod(shape) * len(names) for shape, names in shapes.items()}
         shapes = {shape: names for shape, names in shapes.items() if work[shape] >= LARGE * sum(work.values())}
         large = {name for names in shapes.values() for name in names}
-        rules_of: tuple[NormRule | Literal["keep"], ...] = ("keep", *NORM_RULES)
-        for rules in itertools.product(rules_of, repeat=len(shapes)):
+        for rules in itertools.product(RULES, repeat=len(shapes)):
             norms, keep = dict(chosen.norms), list(chosen.keep - large)
             for rule, names in zip(rules, shapes.values(), strict=True):
                 if rule == "keep":
