@@ -25,6 +25,7 @@ def guarded(
     name: str,
     prepare: Callable[[Sequence[str]], Sequence[str]] | None = None,
     interrupted: str = "interrupted",
+    speaks: bool = True,
 ) -> int:
     """Parse, run and turn a user's mistake into one line and exit code 2.
 
@@ -36,14 +37,21 @@ def guarded(
         name: Of the program, before an error.
         prepare: Changes the words before they are parsed, such as a recipe into its options.
         interrupted: What to say at `KeyboardInterrupt`.
+        speaks: Whether this process says what is wrong with its words: of several with the same words, one does.
 
     Returns:
         The exit code; of a `KeyboardInterrupt` a shell's for the signal that it holds, or for Ctrl-C.
     """
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    words = sys.argv[1:] if argv is None else argv
     try:
-        words = sys.argv[1:] if argv is None else argv
-        return command(parse(kind, words if prepare is None else prepare(words), prog))
+        try:
+            arguments = parse(kind, words if prepare is None else prepare(words), prog)
+        except UsageError:
+            if speaks:
+                raise
+            return 2
+        return command(arguments)
     except UsageError as error:
         return complain(error, name)
     except OSError as error:

@@ -1,5 +1,6 @@
 """``dit-dp train``; also ``python -m dit_dp.train``, and a script for torchrun. Parse, call, exit."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,7 +28,10 @@ def main(argv: Sequence[str] | None = None, prog: str = f"{NAME} train") -> int:
             return launch(config.devices, arguments)
         return run(config)
 
-    return guarded(TrainConfig, arguments, prog, train, name=NAME, prepare=with_recipe, interrupted=INTERRUPTED)
+    first = os.environ.get("RANK", "0") == "0"
+    return guarded(
+        TrainConfig, arguments, prog, train, name=NAME, prepare=with_recipe, interrupted=INTERRUPTED, speaks=first
+    )
 
 
 if __name__ == "__main__":

@@ -50,3 +50,9 @@ def refresh_golden(request: pytest.FixtureRequest) -> bool:
 def stated(record_property: Callable[[str, object], None]) -> Callable[[str, int], None]:
     """Return a function that notes, for the record of a full run, what this test checks and how often."""
     return lambda what, number: record_property("stated", [what, number])
+
+
+@pytest.fixture
+def found_off(record_property: Callable[[str, object], None]) -> Callable[[str, float], None]:
+    """Return a function that notes, for the record of a full run, by which share of the truth something is off."""
+    return lambda what, share: record_property("off", [what, share])

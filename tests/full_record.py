@@ -1,14 +1,16 @@
-"""What `make test-full` leaves: the counts that were stated and run, and what the random cases showed.
+"""What `make test-full` leaves: the counts that were stated and run, errors found, and what the random cases showed.
 
-A test says with the fixture `stated` what it checks and how often. The process that leads the run keeps a line for
-every test that ends, however many workers there are; what passed with these sources is not run again, so that a long
-run can be stopped and go on. When all that was asked for has passed, the lines are added up.
+A test says with the fixture `stated` what it checks and how often, with `found_off` how far off it found something.
+The process that leads the run keeps a line for every test that ends, however many workers there are; what passed with
+these sources is not run again, so that a long run can be stopped and go on. When all that was asked for has passed, the
+lines are added up.
 """
 
 import dataclasses
 import datetime
 import hashlib
 import json
+import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from tests.sensitivity.record import Tally, save
 
 SCHEMA_VERSION = 1
 STATED = "stated"
+OFF = "off"
 TALLY = "tally"
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = ROOT / "results" / "tests" / "record.json"
@@ -80,7 +83,7 @@ class FullRecord:
             "test": report.nodeid,
             "outcome": report.outcome,
             "seconds": report.duration,
-            "said": [[name, value] for name, value in report.user_properties if name in (STATED, TALLY)],
+            "said": [[name, value] for name, value in report.user_properties if name in (STATED, OFF, TALLY)],
         }
         self._ended[report.nodeid] = line
         with self.lines.open("a", encoding="utf-8") as file:
@@ -98,11 +101,14 @@ class FullRecord:
     def write(self) -> None:
         """Add the lines up and write the records."""
         counts: dict[str, Count] = {}
+        off: dict[str, list[float]] = {}
         tally, num_cases, methods = Tally(), 0, ()
         for line in self._ended.values():
             for name, value in line["said"]:
                 if name == STATED:
                     _add(counts.setdefault(value[0], Count()), line, value[1])
+                elif name == OFF:
+                    off.setdefault(value[0], []).append(value[1])
                 else:
                     num_cases, methods = num_cases + value["num_cases"], tuple(value["methods"])
                     tally.merge(value["found"])
@@ -113,6 +119,10 @@ class FullRecord:
             "seconds": round(sum(line["seconds"] for line in self._ended.values())),
             "tests": dict(sorted(Counter(line["outcome"] for line in self._ended.values()).items())),
             "counts": {what: dataclasses.asdict(count) for what, count in sorted(counts.items())},
+            "off": {
+                what: {"cases": len(shares), "median": statistics.median(shares), "worst": max(shares)}
+                for what, shares in sorted(off.items())
+            },
         }
         path = self.folder / "tests" / "record.json"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -379,13 +379,6 @@ def test_what_a_method_cannot_train_is_refused_before_the_first_step() -> None:
         case.runner(Schedule(phases=phases))
 
 
-def test_sharded_parameters_are_refused_under_several_phases() -> None:
-    case = Case("set film")
-    case.model.dit.final_layer.linear.weight.device_mesh = "a mesh"  # type: ignore[assignment]
-    with pytest.raises(UsageError, match=r"^schedule: got several phases, but the model's parameters are sharded"):
-        case.runner("encoder_then_full(1)")
-
-
 @pytest.mark.parametrize(
     ("name", "preset", "message"),
     [

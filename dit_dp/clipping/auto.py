@@ -108,8 +108,8 @@ class AutoEngine(LeanEngine):
         if plan is not None:
             self._try(loss_fn, batch, units)
         plan = self._make_plan(batch, units)
-        self._planned, self._split = rows, plan.physical_batch < units.num_units
         self.follow(plan)
+        self._planned, self._split = rows, plan.physical_batch < units.num_units
         return plan
 
     @property
@@ -119,7 +119,7 @@ class AutoEngine(LeanEngine):
 
     def follow(self, plan: Plan) -> None:
         """Take another plan for batches like the last, between steps: for comparisons."""
-        self._plan = plan
+        self._plan, self._split = plan, True
         for index, block in enumerate(self.blocks):
             block.booked = index < plan.booked
             block.stored = index >= len(self.blocks) - plan.stored

@@ -238,7 +238,11 @@ class Direct:
         value = float32(self.value).reshape(len(self.value), -1)
         if keep is not None:
             value = torch.where(keep[:, None], value, 0)
-        return _added(grad, (factors.to(value.dtype) @ value).view(shape))
+        weights = factors.to(value.dtype)
+        if grad is None or grad.dtype != value.dtype or not grad.is_contiguous():
+            return _added(grad, (weights @ value).view(shape))
+        grad.view(-1).addmv_(value.T, weights)  # each number of the gradient is read and written once
+        return grad
 
 
 Contribution = Outer | Rows | Direct

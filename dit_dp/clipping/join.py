@@ -6,9 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dit_dp.clipping.coverage import covered
 from dit_dp.clipping.ranks import Ranks, Replicas
-from dit_dp.clipping.raw import raw_parameters
 from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UnsupportedModelError, UsageError
 
@@ -40,18 +38,7 @@ def join(model: nn.Module, method: str, process_group: dist.ProcessGroup | None)
     if ranks.in_step and not METHODS[method].sharded:
         able = [name for name, facts in METHODS.items() if facts.sharded]
         raise UsageError.for_value("method", method, able, "it cannot run on FSDP2's shards: use ghost_fsdp_bk")
-    if ranks.in_step:
-        _refuse_raw(module)
     return module, ranks
-
-
-def _refuse_raw(model: nn.Module) -> None:
-    """Refuse raw parameters under FSDP2: what is followed through the forward are not the shards that were attached."""
-    for name in raw_parameters(model, covered):
-        raise UnsupportedModelError(
-            f"model: parameter {name} is read by the model's own code, which cannot be followed under FSDP2; put it "
-            f"into a layer, freeze it, or train with DistributedDataParallel"
-        )
 
 
 def _check_group(group: object) -> None:

@@ -18,6 +18,7 @@ from dit_dp.clipping.batch import clip_factors
 from dit_dp.clipping.contributions import Contribution
 from dit_dp.clipping.ghost import GhostEngine
 from dit_dp.clipping.hardware import hardware
+from dit_dp.clipping.precision import full_float32
 
 
 class PerLayerEngine(GhostEngine):
@@ -75,7 +76,7 @@ class PerLayerEngine(GhostEngine):
 
     def _take_norms(self, losses: Tensor) -> None:
         super()._take_norms(losses)
-        with torch.no_grad():
+        with torch.no_grad(), full_float32():
             while self._waiting:  # groups of which the loss uses only a part
                 self._clip(self._waiting.popitem()[1])
 

@@ -11,11 +11,12 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -50,16 +51,26 @@ class StorageLog(TorchDispatchMode):  # type: ignore[misc]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func is _DEVICE:  # what a tensor without data asks at every turn
+            return out
         self.now += 1
-        older = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in older:
-                self._see(tensor.untyped_storage())
+        if _is_view(func):
+            return out
+        for tensor in [out] if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known and not _is_older(storage, func, args, kwargs):
+                    self._see(storage)
         return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Have no compiler kept out at every call: a trial runs what is compiled as it was written."""
+        return False
 
     def _see(self, storage: Any) -> None:
         key = storage._cdata
-        if key in self._known or storage.nbytes() == 0:
+        if storage.nbytes() == 0:
             return
         index = len(self.lives)
         self.lives.append(Life(storage.nbytes(), self.now))
@@ -71,6 +82,23 @@ class StorageLog(TorchDispatchMode):  # type: ignore[misc]
             self.lives[index].dies = self.now + 1
 
 
+_DEVICE = torch.ops.prim.device.default
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    """Return whether an operation makes no storage."""
+    return isinstance(func, OpOverload) and bool(func.is_view)
+
+
+def _is_older(storage: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+    """Return whether a result's storage is an argument's; only what writes into arguments returns them."""
+    if isinstance(func, OpOverload) and not func._schema.is_mutable:
+        return False
+    older = (t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    return storage._cdata in older
+
+
 class Prober:
     """Runs trials for an engine whose layers report to `saw` meanwhile.
 
@@ -78,7 +106,7 @@ class Prober:
         names: Name of each parameter.
         attached: Called with the prober, or `None`, to make layers report to it, or no more.
         all_agree: Returns whether what is given is true on every rank: those that run in step make the same passes.
-        unfolds: Whether what kept graphs would have held is wanted.
+        unfolds: Whether what kept graphs would have held is wanted; if not, of units together the forward says all.
     """
 
     def __init__(
@@ -97,7 +125,7 @@ class Prober:
         self._recomputes, self._unfolds = True, unfolds
 
     def run(self, model: nn.Module, loss_fn: LossFn, batch: Batch, units: Units, count: int, *, alone: bool) -> Trial:
-        """Take the first `count` units through forward and backward.
+        """Take the first `count` units through the forward, and the backward if more is wanted than blocks' inputs.
 
         Args:
             model: With layers under watch.
@@ -141,7 +169,8 @@ class Prober:
                 check_losses(losses, count)
                 self._trial.backward = self._log.now
                 if not alone:
-                    torch.autograd.backward(losses, torch.ones_like(losses))
+                    if self._unfolds:
+                        torch.autograd.backward(losses, torch.ones_like(losses))
                 elif self._all_agree(hardware().holds(torch.isfinite(losses).all(), usually=True)):
                     self._differentiate_each(losses, inputs, some)
         finally:

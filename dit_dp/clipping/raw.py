@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointError
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dit_dp.clipping.compiled import outside_graphs, uncompiled
+from dit_dp.clipping.contributions import Contribution
 from dit_dp.clipping.raw_operations import combine, mutates, tensors_in
 from dit_dp.clipping.reading import read
 from dit_dp.clipping.rules import Rule
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 class RawParameters(TorchFunctionMode):
     """Follows the raw parameters of a model through its forward pass, on behalf of an engine.
 
+    Under FSDP2 a parameter is two: the shard that was attached, and the full one that is in its place while a group of
+    modules runs. What is read, and differentiated by, is the full one; the engine is told of the shard.
+
     Args:
         engine: Gets the per-example gradients.
         parameters: The raw parameters, by name; without any, nothing is watched and nothing costs.
@@ -44,7 +48,10 @@ class RawParameters(TorchFunctionMode):
     def __init__(self, engine: "WatchedEngine", parameters: dict[str, nn.Parameter]) -> None:
         super().__init__()
         self.engine = engine
+        self._attached = parameters
         self._names = {parameter: name for name, parameter in parameters.items()}
+        self._gathered: dict[str, nn.Parameter] = {}
+        self._places: list[tuple[dict[str, nn.Parameter | None], str, str]] = []
         self._derived = WeakTensorKeyDictionary()  # tensor -> the raw parameters it is made of
         self._examples = WeakTensorKeyDictionary()  # those without a gradient; others show by having one
         self._layers: dict[tuple[Any, ...], Any] = {}
@@ -58,7 +65,11 @@ class RawParameters(TorchFunctionMode):
         """
         if not self._names:
             return
-        for module in model.modules():
+        for prefix, module in model.named_modules():
+            for own in module._parameters:
+                name = f"{prefix}.{own}" if prefix else own
+                if name in self._attached:
+                    self._places.append((module._parameters, own, name))
             if module not in layers:
                 self._forwards.append((module, module.__dict__.get("forward")))
                 module.forward = types.MethodType(outside_graphs(self._watched(module.forward)), module)
@@ -102,10 +113,20 @@ class RawParameters(TorchFunctionMode):
             if not self._watching and torch._C._current_graph_task_id() == -1:  # not a recomputation
                 for tensor in tensors_in((args, kwargs)):
                     self._remember(tensor, (), examples=True)
+            if self.engine.ranks.in_step:
+                self._note_gathered()
             with self._followed():
                 return forward(*args, **kwargs)
 
         return watched
+
+    def _note_gathered(self) -> None:
+        """Take note of the full parameters that are in the place of shards now."""
+        for parameters, own, name in self._places:
+            parameter = parameters[own]
+            if parameter is not None and parameter not in self._names:
+                self._names.pop(self._gathered.get(name), None)  # type: ignore[arg-type]
+                self._names[parameter], self._gathered[name] = name, parameter
 
     # --- what an operation does ------------------------------------------------------------------------------
 
@@ -120,7 +141,7 @@ class RawParameters(TorchFunctionMode):
         sources = self.sources(tensors)
         examples = any(self.is_example(tensor) for tensor in tensors)
         if sources and not torch.is_grad_enabled():  # what is made here may be made again, and read, with a graph
-            self.engine.expect(sources, math.inf)
+            self.expect(sources, math.inf)
             sources = ()
         if sources and examples:
             result = combine(self, func, args, kwargs)
@@ -165,7 +186,15 @@ class RawParameters(TorchFunctionMode):
 
     def read(self, value: Tensor, rows: int, rank: int) -> Tensor:
         """Return a derived tensor with a copy for each of `rows` examples, of `rank` dimensions."""
-        return read(self.engine, value, self.sources([value]), rows, rank)
+        return read(self, value, self.sources([value]), rows, rank)
+
+    def expect(self, parameters: Iterable[nn.Parameter], reads: float = 1) -> None:
+        """Tell the engine of reads to come."""
+        self.engine.expect([self._attached[self._names[parameter]] for parameter in parameters], reads)
+
+    def receive_rows(self, parameter: nn.Parameter, part: Contribution, leading: int) -> None:
+        """Hand the engine what one read contributes."""
+        self.engine.receive_rows(self._attached[self._names[parameter]], part, leading)
 
     def entering(self, x: Any) -> Any:
         """Return a layer's input: a derived one is read here, as a layer's first dimension is the examples'."""
@@ -187,7 +216,10 @@ class RawParameters(TorchFunctionMode):
                 raise UnsupportedModelError(
                     f"model: {self.engine.method} cannot run on {self._names[weight]}: {reason}"
                 )
-            self._layers[key] = self.engine.layer(self._names[weight], module, rule)
+            layer = self.engine.layer(self._names[weight], module, rule)
+            layer.weight = self._attached[self._names[weight]]
+            layer.bias = None if bias is None else self._attached[self._names[bias]]
+            self._layers[key] = layer
         return self.engine.call(self._layers[key], x)
 
     def raw(self, tensor: Tensor | None) -> nn.Parameter | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dit_dp.clipping.contributions import Contribution, Direct, float32
 from dit_dp.clipping.hardware import hardware
+from dit_dp.clipping.precision import full_float32
 
 
 class Receiver(Protocol):
@@ -35,7 +36,7 @@ class _PerExample(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
         (g,) = gradients
-        with torch._C.DisableTorchFunction(), hardware().norm_scope():
+        with torch._C.DisableTorchFunction(), hardware().norm_scope(), full_float32():
             ctx.reading.receive(g)
         return None, None, None
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dit_dp.clipping.bookkeeping import BookkeepingEngine
 from dit_dp.clipping.contributions import Contribution
+from dit_dp.clipping.precision import full_float32
 
 
 class ShardedBookkeepingEngine(BookkeepingEngine):
@@ -40,8 +41,9 @@ class ShardedBookkeepingEngine(BookkeepingEngine):
         for parameter in reversed(self.model_parameters.values()):
             total: Tensor | None = None
             parts = booked.pop(parameter, [])
-            while parts:
-                total = parts.pop().add_clipped(total, self._factors, parameter.shape, self._keep)
+            with full_float32():
+                while parts:
+                    total = parts.pop().add_clipped(total, self._factors, parameter.shape, self._keep)
             if total is None:  # this rank's units did not use it; others' may have
                 total = torch.zeros(parameter.shape, dtype=self._factors.dtype, device=losses.device)
             self._deposit(parameter, total)

@@ -23,6 +23,7 @@ from dit_dp.clipping.coverage import covered, layers_to_watch, refusal
 from dit_dp.clipping.engine import Engine, LayerRule
 from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.lives import Trial
+from dit_dp.clipping.precision import full_float32
 from dit_dp.clipping.probe import Prober
 from dit_dp.clipping.raw import RawParameters, raw_parameters
 from dit_dp.clipping.rules import Rule, rule_for
@@ -253,7 +254,7 @@ class WatchedEngine(Engine):
                 f"model: parameter {foreign[0]} is used outside its layer's forward, so its per-example gradient "
                 f"is unknown; call the layer instead of reading its weight, or freeze it"
             )
-        with torch.no_grad():
+        with torch.no_grad(), full_float32():
             for parameter in list(self._parts):  # a call whose output the loss does not use
                 self._settle(parameter, self._parts.pop(parameter))
 
@@ -272,10 +273,12 @@ class WatchedEngine(Engine):
         """Add a contribution's clipped sum over units to the gradient."""
         assert self._factors is not None
         target = self.parameters[self._names[parameter]]
+        so_far = None if self.ranks.in_step else target.grad
+        with full_float32():
+            total = part.add_clipped(so_far, self._factors, parameter.shape, self._keep)
         if self.ranks.in_step:
-            self._deposit(parameter, part.add_clipped(None, self._factors, parameter.shape, self._keep))
+            self._deposit(parameter, total)
         else:
-            total = part.add_clipped(target.grad, self._factors, parameter.shape, self._keep)
             target.grad = total.to(target.dtype)
 
     def _deposit(self, parameter: nn.Parameter, total: Tensor) -> None:
@@ -318,7 +321,7 @@ class WatchedEngine(Engine):
     def observe(self, layer: WatchedLayer, x: Tensor, g: Tensor) -> None:
         """Take what one call of a layer contributes."""
         self._require_own_backward(layer.name)
-        with hardware().norm_scope():
+        with hardware().norm_scope(), full_float32():
             parts = layer.rule.contributions(layer.module, x, g)
             for parameter, part in zip((layer.weight, layer.bias), parts, strict=True):
                 if parameter is not None and part is not None:

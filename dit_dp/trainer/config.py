@@ -73,7 +73,7 @@ class TrainConfig(WorkloadConfig):
     epochs: float | None = None
     """Expected passes over the data."""
     method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(METHODS) + "}")] = "auto"
-    """How gradients are clipped."""
+    """How gradients are clipped. auto: the fastest within the memory budget; on shards, ghost_fsdp_bk."""
     memory_budget_gib: float | None = None
     """Peak memory that the method may plan for."""
     optimizer: Literal["adamw", "adam", "sgd"] | None = None
@@ -139,6 +139,8 @@ class TrainConfig(WorkloadConfig):
     def __post_init__(self) -> None:
         """Check every field, alone and together."""
         super().__post_init__()
+        if self.method == "auto" and self.sharding == "fsdp2":
+            object.__setattr__(self, "method", "ghost_fsdp_bk")
         for name in ("batch_size", "devices", "keep_checkpoints", "log_every", "num_synthetic"):
             validate.integer(name, getattr(self, name))
         for name in ("warmup_steps", "init_seed", "num_samples", "validate_every"):

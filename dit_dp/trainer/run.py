@@ -91,7 +91,7 @@ class Run:
         self._clock, times, began = StepClock(), [], time.perf_counter()
         try:
             self.world.first(partial(self._head, trainer))
-            if config.tracker != "none" and self.world.group is None:
+            if config.tracker != "none" and self.world.group is None and trainer.step == 0:
                 self._tracker.graph(trainer.runner.model, example_inputs(trainer))
             with (
                 Progress(trainer.budget.num_steps, trainer.step, shown=self.world.leads) as progress,

@@ -122,17 +122,22 @@ def join_world(device: str) -> World:
         device: ``auto``, ``cuda`` or ``cpu``.
 
     Raises:
-        UsageError: There is no such device, or fewer than processes on this machine.
+        UsageError: There is no such device, or fewer than processes on this machine. One process says so; the others
+            end without a word.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
+        if started_by_torchrun() and os.environ["RANK"] != "0":
+            raise SystemExit(2)
         raise UsageError.for_value("device", device, "cpu", "torch finds no CUDA device")
     if not started_by_torchrun():
         return World(rank=0, size=1, device=torch.device(device), group=None)
     rank, size, local = (int(os.environ[name]) for name in WORLD_VARIABLES)
     if device == "cuda":
-        if local >= torch.cuda.device_count():
+        if local > torch.cuda.device_count():
+            raise SystemExit(2)
+        if local == torch.cuda.device_count():
             fix = f"this machine has {torch.cuda.device_count()} CUDA devices"
             raise UsageError.for_value("devices", local + 1, f"at most {torch.cuda.device_count()}", fix)
         torch.cuda.set_device(local)

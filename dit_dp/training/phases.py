@@ -66,7 +66,7 @@ class PhaseRunner:
         step: The step that `apply` was last told.
 
     Raises:
-        UsageError: A group that the model has not, adapters without peft, or sharded parameters under several phases.
+        UsageError: A group that the model has not, or adapters without peft.
         UnsupportedModelError: The method cannot train the model in one of the phases.
     """
 
@@ -80,7 +80,6 @@ class PhaseRunner:
         ema_decay: float | None = None,
         step: int = 1,
     ) -> None:
-        _refuse_shards(model, schedule)
         self._index, self.step = schedule.index_at(step), step
         self.schedule, self._attach = schedule, partial(attach, model)
         model = model.module if isinstance(model, DistributedDataParallel) else model
@@ -168,8 +167,14 @@ class PhaseRunner:
     def _set_trainable(self, index: int) -> None:
         """Let the parameters of a phase take gradients, and no other that is not fixed."""
         chosen = set(self._trainable[index])
-        for name in {name for names in self._parts.values() for name in names}:
-            self.model.get_parameter(name).requires_grad_(name in chosen)
+        train = {name: name in chosen for names in self._parts.values() for name in names}
+        if any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters()):
+            from dit_dp.training.shards import set_trainable
+
+            set_trainable(self.model, train)
+        else:
+            for name, trains in train.items():
+                self.model.get_parameter(name).requires_grad_(trains)
 
     def _note_averages(self) -> None:
         if self.ema is not None:
@@ -279,11 +284,3 @@ class PhaseRunner:
         names = ", ".join(_SPELLED.get(part, part) for part in thawed)
         news = f"; unfrozen: {names}" if thawed else ""
         log.info("%s\n%s ends after step %d%s\n%s", _RULE, self._mode(self._index), self.step, news, _RULE)
-
-
-def _refuse_shards(model: nn.Module, schedule: Schedule) -> None:
-    """Refuse borders under FSDP2, which looks at `requires_grad` once, before the first step."""
-    if len(schedule.phases) > 1 and any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-        raise UsageError(
-            "schedule: got several phases, but the model's parameters are sharded; accepted: one phase, or replicas"
-        )

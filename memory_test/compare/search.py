@@ -1,26 +1,30 @@
 """How far from the best is what `auto` chooses: every plan for a small model, timed in turns in one process.
 
 A plan is ``keep`` or a norm rule for every shape of weight that takes 2 % of the operations or more, and a physical
-batch; smaller weights follow `auto`. Times are CPU times of the one thread, so that what else the
-machine does counts little; rounds are rotated and ratios paired.
+batch; smaller weights follow `auto`. Where none of these fits a budget, blocks are recomputed: a plan is which,
+``keep`` or `auto`'s norm rule for every such shape, and a physical batch. Times are CPU times of the one thread, so
+that what else the machine does counts little; rounds are rotated and ratios paired.
 """
 
 import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from dit_dp.clipping import attach
 from dit_dp.clipping.auto import AutoEngine
 from dit_dp.clipping.batch import num_rows
-from dit_dp.clipping.planner import RULES, Curve, Plan, Step
+from dit_dp.clipping.planner import RULES, Curve, NormRule, Plan, Step
 from dit_dp.clipping.units import Units
 from memory_test.core.config import ExperimentConfig
 from memory_test.core.workload import build_data, build_model, loss_function
+
+Rule = NormRule | Literal["keep"]
 
 ROUNDS = 9
 LARGE = 0.02
@@ -84,27 +88,52 @@ class _Subject:
         return seconds
 
 
-def all_plans(step: Step, chosen: Plan) -> Iterator[Plan]:
+def plans_of_rules(step: Step, chosen: Plan) -> Iterator[Plan]:
     """Yield every plan that stores and books all blocks: a rule for each large shape, and every even physical batch."""
-    batches = sorted({-(-step.num_units // parts) for parts in range(1, step.num_units + 1)})
-    for batch in batches:
-        curve = Curve(step, batch)
-        shapes: dict[tuple[int, int, int], list[str]] = {}
-        for name, call in curve.weights.items():
-            shapes.setdefault((call.positions, call.width, call.out_width), []).append(name)
-        work = {shape: math.prod(shape) * len(names) for shape, names in shapes.items()}
-        shapes = {shape: names for shape, names in shapes.items() if work[shape] >= LARGE * sum(work.values())}
-        large = {name for names in shapes.values() for name in names}
+    count = len(step.blocks)
+    for curve in _curves(step):
+        shapes = _large_shapes(curve)
         for rules in itertools.product(RULES, repeat=len(shapes)):
-            norms, keep = dict(chosen.norms), list(chosen.keep - large)
-            for rule, names in zip(rules, shapes.values(), strict=True):
-                if rule == "keep":
-                    keep += names
-                else:
-                    norms.update(dict.fromkeys(names, rule))
-            count = len(step.blocks)
-            peak = curve.peak(keep, count, count)
-            yield Plan(batch, frozenset(keep), norms, count, count, peak)
+            yield _plan(curve, chosen, shapes, rules, count, count)
+
+
+def plans_of_recomputing(step: Step, chosen: Plan) -> Iterator[Plan]:
+    """Yield every plan that recomputes: how many blocks are booked and stored, what is kept, the physical batch."""
+    count = len(step.blocks)
+    for curve in _curves(step):
+        shapes = _large_shapes(curve)
+        rules: list[tuple[Rule, Rule]] = [("keep", chosen.norms.get(names[0], "ghost")) for names in shapes]
+        for booked, stored in itertools.product(range(1, count + 1), repeat=2):
+            if booked + stored < 2 * count:
+                for some in itertools.product(*rules):
+                    yield _plan(curve, chosen, shapes, some, booked, stored)
+
+
+def _curves(step: Step) -> Iterator[Curve]:
+    """Yield the memory of every even physical batch."""
+    for batch in sorted({-(-step.num_units // parts) for parts in range(1, step.num_units + 1)}):
+        yield Curve(step, batch)
+
+
+def _large_shapes(curve: Curve) -> list[list[str]]:
+    """Return the weights of each shape that takes much of the operations."""
+    shapes: dict[tuple[int, int, int], list[str]] = {}
+    for name, call in curve.weights.items():
+        shapes.setdefault((call.positions, call.width, call.out_width), []).append(name)
+    work = {shape: math.prod(shape) * len(names) for shape, names in shapes.items()}
+    return [names for shape, names in shapes.items() if work[shape] >= LARGE * sum(work.values())]
+
+
+def _plan(
+    curve: Curve, chosen: Plan, shapes: Sequence[Sequence[str]], rules: Sequence[Rule], booked: int, stored: int
+) -> Plan:
+    """Return the plan of a rule for each of some shapes; the others follow the chosen one."""
+    norms, keep = dict(chosen.norms), set(chosen.keep)
+    for rule, names in zip(rules, shapes, strict=True):
+        keep = keep | set(names) if rule == "keep" else keep - set(names)
+        if rule != "keep":
+            norms.update(dict.fromkeys(names, rule))
+    return Plan(curve.batch, frozenset(keep), norms, booked, stored, curve.peak(keep, booked, stored))
 
 
 def search(config: ExperimentConfig, budget_ratios: tuple[float | None, ...]) -> list[Found]:
@@ -119,15 +148,17 @@ def search(config: ExperimentConfig, budget_ratios: tuple[float | None, ...]) ->
     engine = subject.attach(None)
     step = engine.known(subject.batch, subject.units)
     assert engine.plan is not None
-    free, plans, found = engine.plan, list(all_plans(step, engine.plan)), []
+    free, plans, found = engine.plan, list(plans_of_rules(step, engine.plan)), []
+    leaner = list(plans_of_recomputing(step, engine.plan))
     engine.detach()
     for ratio in budget_ratios:
         dynamic = free.peak_bytes - step.static_bytes
         budget = None if ratio is None else step.static_bytes + int(ratio * dynamic)
-        if budget is not None and budget < min(plan.peak_bytes for plan in plans):
-            continue  # blocks have to be recomputed, and no plan here does
-        engine = subject.attach(budget)
         within = [plan for plan in plans if budget is None or plan.peak_bytes <= budget]
+        within = within or [plan for plan in leaner if budget is not None and plan.peak_bytes <= budget]
+        if not within:
+            continue  # no plan fits
+        engine = subject.attach(budget)
         found.append(_compare(subject, engine, within, ratio))
         engine.detach()
     return found
@@ -136,7 +167,7 @@ def search(config: ExperimentConfig, budget_ratios: tuple[float | None, ...]) ->
 def _compare(subject: _Subject, engine: AutoEngine, plans: list[Plan], ratio: float | None) -> Found:
     """Narrow the plans down to the fastest few, then time those and the chosen one in turns."""
     assert engine.plan is not None
-    chosen = engine.plan
+    chosen, blocks = engine.plan, len(engine.blocks)
     first = {index: min(subject.seconds(engine, plan) for _ in range(2)) for index, plan in enumerate(plans)}
     finalists = [chosen, *(plans[index] for index in sorted(first, key=first.__getitem__)[:FINALISTS])]
     times: list[list[float]] = [[] for _ in finalists]
@@ -150,15 +181,16 @@ def _compare(subject: _Subject, engine: AutoEngine, plans: list[Plan], ratio: fl
         chosen_ms=1e3 * statistics.median(times[0]),
         best_ms=1e3 * statistics.median(times[best]),
         ratio=statistics.median(a / b for a, b in zip(times[0], times[best], strict=True)),
-        chosen=_words(chosen),
-        best=_words(finalists[best]),
+        chosen=_words(chosen, blocks),
+        best=_words(finalists[best], blocks),
     )
 
 
-def _words(plan: Plan) -> str:
+def _words(plan: Plan, blocks: int) -> str:
     counts = {"keep": len(plan.keep)}
     for name, rule in plan.norms.items():
         if name not in plan.keep:
             counts[rule] = counts.get(rule, 0) + 1
     rules = ", ".join(f"{count} {rule}" for rule, count in counts.items() if count)
-    return f"{plan.physical_batch} at a time; {rules}"
+    recomputing = "" if plan.booked == plan.stored == blocks else f"; {plan.booked} booked, {plan.stored} stored"
+    return f"{plan.physical_batch} at a time; {rules}{recomputing}"

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from memory_test.core.schema import BREAKDOWN, Timeline
 
@@ -69,16 +70,6 @@ class PartMark:
 
 
 @dataclass(frozen=True)
-class Log:
-    """Everything one memory pass observed."""
-
-    events: Sequence[Event]
-    marks: Sequence[Mark]
-    tags: Sequence[Tag] = field(default_factory=tuple)
-    parts: Sequence[PartMark] = field(default_factory=tuple)
-
-
-@dataclass(frozen=True)
 class Allocation:
     """A block of memory from its birth (position in the log) to its death (`None`: it outlived the log)."""
 
@@ -91,6 +82,26 @@ class Allocation:
     def alive_at(self, position: int) -> bool:
         """Return whether it exists after the event at `position`."""
         return self.born <= position and (self.died is None or self.died > position)
+
+
+@dataclass(frozen=True)
+class Log:
+    """Everything one memory pass observed."""
+
+    events: Sequence[Event]
+    marks: Sequence[Mark]
+    tags: Sequence[Tag] = field(default_factory=tuple)
+    parts: Sequence[PartMark] = field(default_factory=tuple)
+
+    @cached_property
+    def born(self) -> list[Allocation]:
+        """Every allocation."""
+        return allocations(self.events)
+
+    @cached_property
+    def winning_tags(self) -> dict[tuple[int, int], Tag]:
+        """The tag that counts of each tagged allocation, by address and birth."""
+        return _tagged(self)
 
 
 def allocations(events: Sequence[Event]) -> list[Allocation]:
@@ -188,11 +199,9 @@ def breakdown_by_part(log: Log, position: int) -> dict[str, dict[str, int]]:
 
 def _held_at(log: Log, position: int) -> Iterator[tuple[str, str | None, int]]:
     """Yield category, part and size of every allocation that exists after the event at `position`."""
-    born = allocations(log.events)
-    tags = _tagged(log, born)
-    for allocation in born:
+    for allocation in log.born:
         if allocation.alive_at(position):
-            tag = tags.get((allocation.address, allocation.born))
+            tag = log.winning_tags.get((allocation.address, allocation.born))
             category = _by_life(log, allocation) if tag is None else tag.category
             part = None if tag is None else tag.part
             yield category, part or _part_at(log, allocation.born), allocation.size
@@ -207,10 +216,10 @@ def _part_at(log: Log, position: int) -> str | None:
     return log.parts[index].part
 
 
-def _tagged(log: Log, born: Sequence[Allocation]) -> dict[tuple[int, int], Tag]:
-    """Return the winning tag of each tagged allocation, keyed by address and birth."""
+def _tagged(log: Log) -> dict[tuple[int, int], Tag]:
+    """Return the winning tag of each tagged allocation."""
     births: dict[int, list[Allocation]] = defaultdict(list)
-    for allocation in sorted(born, key=lambda item: item.born):
+    for allocation in sorted(log.born, key=lambda item: item.born):
         births[allocation.address].append(allocation)
     tags: dict[tuple[int, int], Tag] = {}
     for tag in log.tags:

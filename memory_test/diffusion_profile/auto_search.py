@@ -25,7 +25,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "batch_size": 8,
     },
 }
-BUDGETS = (None, 0.9, 0.75)
+BUDGETS = (None, 0.9, 0.75, 0.5)
 
 
 def main(path: Path) -> None:

@@ -11,6 +11,7 @@ from memory_test.core.config import ExperimentConfig
 from memory_test.core.store import check_writable
 from memory_test.core.units import MIB
 from memory_test.predict.cards import CARDS, Card, find_card
+from memory_test.predict.rates import calibration_of
 from memory_test.predict.settings import AllocatorSettings
 
 CPU_NAME = "cpu"
@@ -73,6 +74,8 @@ class PredictArgs:
             raise UsageError.for_value("device", "cuda", "auto", "--gpu cpu is this machine's CPU; name a card")
         if self.card is None and self.snapshot is not None:
             raise UsageError.for_value("snapshot", str(self.snapshot), "a card", "only CUDA has such snapshots")
+        if self.calibration is not None:
+            calibration_of(self.card, self.calibration)  # a wrong file is said at once
         self._check_ranks()
 
     def _check_ranks(self) -> None:

@@ -107,8 +107,16 @@ def find_card(name: str) -> Card:
     labels say. Where there is none, and where memory is given in GiB, the rest is an H100's: step times mean nothing.
 
     Raises:
-        UsageError: There is no such card, with what is accepted.
+        UsageError: There is no such card, with what is accepted; or it leaves nothing beside CUDA's context.
     """
+    card = _find(name)
+    if card.usable_bytes <= 0:
+        least = f"more memory than CUDA's context takes, {card.context_bytes / MIB:.0f} MiB"
+        raise UsageError.for_value("gpu", name, least)
+    return card
+
+
+def _find(name: str) -> Card:
     by_name = {card.lower(): card for card in CARDS}
     if name.lower() in by_name:
         return CARDS[by_name[name.lower()]]

@@ -31,7 +31,6 @@ from tests.distributed.common import (
 from tests.distributed.pool import Pool
 from tests.models import KINDS, Case, make_case
 from tests.oracle.test_dit import OBJECTIVE, draw, tiny_dit
-from tests.raw_models import KINDS as RAW_KINDS
 
 BK = "ghost_fsdp_bk"
 UNEVEN = {"num_classes": 6}
@@ -39,7 +38,8 @@ UNEVEN = {"num_classes": 6}
 
 
 def shard(model: nn.Module, **options: Any) -> nn.Module:
-    """Shard every top-level module that has parameters of its own alone, and the whole."""
+    """Shard every top-level module that has parameters of its own alone, and the whole, but for scalars."""
+    options = {"ignored_params": {p for p in model.parameters() if p.dim() == 0}, **options}
     counts: dict[nn.Parameter, int] = {}
     for child in model.children():
         for parameter in child.parameters():
@@ -66,7 +66,7 @@ def sum_error(kind: str, method: str) -> float:
     return error_after_step(engine, case, wanted, [mine(case.batch)])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in RAW_KINDS])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", [BK, "ghost"])
 def test_the_sum_is_over_both_ranks_units(on_ranks: Pool, kind: str, method: str) -> None:
     """Shards of unequal size throughout: 7, 5 and 3 rows over two ranks; tied and frozen parameters, reuse."""
@@ -362,17 +362,6 @@ def test_examples_that_are_not_kept_apart_are_found(on_ranks: Pool) -> None:
     assert all("no per-example gradient exists" in message for message in on_ranks(coupled_is_found))
 
 
-class Raw(nn.Module):
-    """A layer and a parameter of the root's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.scale = nn.Linear(6, 4), nn.Parameter(torch.ones(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) * self.scale
-
-
 def attach_wrongly() -> dict[str, str]:
     model = shard(make_case("tokens").model)
     mesh = init_device_mesh("cpu", (2,))
@@ -381,7 +370,6 @@ def attach_wrongly() -> dict[str, str]:
     found = {name: message_of(lambda name=name: attach(model, name)) for name in METHODS if name not in SHARDED}  # type: ignore[misc]
     found["group"] = message_of(lambda: attach(model, BK, process_group=dist.group.WORLD))
     found["parallel"] = message_of(lambda: attach(parallel, BK))
-    found["raw"] = message_of(lambda: attach(fully_shard(Raw()), BK))
     older = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # to build one takes a GPU
     nn.Module.__init__(older)
     found["fsdp1"] = message_of(lambda: attach(nn.Sequential(older, nn.Linear(4, 4)), BK))
@@ -395,7 +383,6 @@ def test_wrong_usage_is_named(on_ranks: Pool) -> None:
         assert "mesh says which ranks" in found.pop("group")
         assert "take out tensor parallelism" in found.pop("parallel")
         assert "use fully_shard" in found.pop("fsdp1")
-        assert "parameter scale is read by the model's own code" in found.pop("raw")
         for name, message in found.items():
             assert message.startswith(f"method: got '{name}'"), message
             assert BK in message

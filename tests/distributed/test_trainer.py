@@ -74,10 +74,16 @@ def spread(tensor: torch.Tensor) -> float:
     return float((tensor.flatten().double() * weights).sum())
 
 
-@pytest.mark.parametrize("changes", [{}, {"sharding": "fsdp2"}], ids=["replicas", "shards"])
-def test_two_ranks_give_the_parameters_of_one(on_ranks: Pool, tmp_path: Path, changes: dict[str, Any]) -> None:
-    first, second = on_ranks(trained, tmp_path, True, changes)
-    one, _ = on_ranks(trained, tmp_path, False, {})
+SHARDS: dict[str, Any] = {"sharding": "fsdp2", "method": "auto"}
+
+
+@pytest.mark.parametrize("phases", [{}, {"train": "head:1-1,full:2-"}], ids=["one phase", "two phases"])
+@pytest.mark.parametrize("changes", [{}, SHARDS], ids=["replicas", "shards"])
+def test_two_ranks_give_the_parameters_of_one(
+    on_ranks: Pool, tmp_path: Path, changes: dict[str, Any], phases: dict[str, Any]
+) -> None:
+    first, second = on_ranks(trained, tmp_path, True, {**changes, **phases})
+    one, _ = on_ranks(trained, tmp_path, False, phases)
     assert [name for name, _, _ in first] == [name for name, _, _ in one]
     for mine, other, wanted in zip(first, second, one, strict=True):
         assert mine[1:] == pytest.approx(other[1:], rel=1e-6)

@@ -1,5 +1,6 @@
 """A predicted peak against the allocator's true one, on the CPU, where every method can be measured."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from tests.models import DIFFUSERS
 from tests.samples import sampled
 from tests.workload_models import REFUSED
 
+pytestmark = pytest.mark.counted
+
+Note = Callable[[str, float], None]
+
 MOST = {"peak_allocated_bytes": 0.005, "first_step_peak_allocated_bytes": 0.01}
 """Largest relative errors: what operations allocate inside is not seen; in a first step's trials it shows most."""
 
@@ -24,7 +29,7 @@ def silent(phase: str) -> None:
     """Say nothing of progress."""
 
 
-def check(*, phases: bool = True, **changes: Any) -> None:
+def check(note: Note, *, phases: bool = True, **changes: Any) -> None:
     """Predict and measure one configuration; the peak, what was chosen, and every phase's peak unless told not to."""
     config = ExperimentConfig(**changes, device="cpu")
     resolved = config.resolve(device="cpu", num_threads=1)
@@ -32,6 +37,7 @@ def check(*, phases: bool = True, **changes: Any) -> None:
     measured = measure_memory(resolved, silent)
     for name, most in MOST.items():
         got, wanted = getattr(predicted.repeat, name), getattr(measured.repeat, name)
+        note(f"predicted {name}, one process on the CPU", abs(got - wanted) / wanted)
         assert abs(got - wanted) <= most * wanted, f"{name}: predicted {got}, measured {wanted}"
     found = measured.choices
     free = {"memory_budget_bytes": found["memory_budget_bytes"]} if "memory_budget_bytes" in found else {}
@@ -46,8 +52,8 @@ def check(*, phases: bool = True, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method(method: str) -> None:
-    check(**SMALL, experiment=method, batch_size=4)
+def test_every_method(found_off: Note, method: str) -> None:
+    check(found_off, **SMALL, experiment=method, batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +71,8 @@ def test_every_method(method: str) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("method", ["vanilla", "bookkeeping", "lean"])
-def test_every_option(method: str, changes: dict[str, Any]) -> None:
-    check(**{**SMALL, **changes}, experiment=method, batch_size=3)
+def test_every_option(found_off: Note, method: str, changes: dict[str, Any]) -> None:
+    check(found_off, **{**SMALL, **changes}, experiment=method, batch_size=3)
 
 
 WORKLOADS: dict[str, dict[str, Any]] = {
@@ -97,9 +103,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("method", "name"), [cell for cells in CELLS.values() for cell in sampled(cells, 2)])
-def test_every_workload(method: str, name: str, saved: Path) -> None:
+def test_every_workload(found_off: Note, method: str, name: str, saved: Path) -> None:
     model = {"model": str(saved)} if name == "diffusers" else {}
-    check(workload=name, **WORKLOADS[name], **model, experiment=method, batch_size=4)
+    check(found_off, workload=name, **WORKLOADS[name], **model, experiment=method, batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +119,8 @@ def test_every_workload(method: str, name: str, saved: Path) -> None:
     ],
     ids=str,
 )
-def test_what_trains_and_what_a_unit_is(name: str, changes: dict[str, Any]) -> None:
-    check(workload=name, **{**WORKLOADS.get(name, {}), **changes}, experiment="bookkeeping", batch_size=4)
+def test_what_trains_and_what_a_unit_is(found_off: Note, name: str, changes: dict[str, Any]) -> None:
+    check(found_off, workload=name, **{**WORKLOADS.get(name, {}), **changes}, experiment="bookkeeping", batch_size=4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"accumulation": 2, "batch_size": 3}, {"dtype": "bf16"}], ids=str)
@@ -123,7 +129,7 @@ def test_what_trains_and_what_a_unit_is(name: str, changes: dict[str, Any]) -> N
     [(method, name) for method in ("vanilla", "bookkeeping", "ghost", "auto") for name in ("fixed", "Made")]
     + [("opacus", "fixed")],
 )
-def test_a_users_model(method: str, name: str, changes: dict[str, Any]) -> None:
+def test_a_users_model(found_off: Note, method: str, name: str, changes: dict[str, Any]) -> None:
     model: dict[str, Any] = {"model": f"tests.own_models:{name}", "batch_size": 16, **changes}
     # In bf16 the CPU's products copy an operand inside, 4 % of what so small a model holds in its forward.
-    check(experiment=method, phases=changes.get("dtype") != "bf16", **model)
+    check(found_off, experiment=method, phases=changes.get("dtype") != "bf16", **model)

@@ -49,8 +49,8 @@ def test_counts_of_workers_are_added_up(tmp_path: Path) -> None:
         tmp_path,
         report("a.py::one[0]", "passed", "setup"),
         report("a.py::one[0]", "passed", stated=["kills", 5]),
-        report("a.py::one[1]", "passed", stated=["kills", 5]),
-        report("a.py::two", "failed", stated=["kills", 7]),
+        report("a.py::one[1]", "passed", stated=["kills", 5], off=["a peak", 0.25]),
+        report("a.py::two", "failed", stated=["kills", 7], off=["a peak", 0.75]),
         report("a.py::three", "failed", "setup"),
     )
     written = json.loads((tmp_path / "tests" / "record.json").read_text())
@@ -58,6 +58,7 @@ def test_counts_of_workers_are_added_up(tmp_path: Path) -> None:
     assert written["counts"] == {
         "kills": {"tests": ["a.py::one", "a.py::two"], "passed": 10, "failed": 7, "seconds": 4.5}
     }
+    assert written["off"] == {"a peak": {"cases": 2, "median": 0.5, "worst": 0.75}}
     assert not (tmp_path / "sensitivity").exists()
 
 

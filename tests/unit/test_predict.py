@@ -93,6 +93,8 @@ def test_cards_are_found_by_name_by_size_and_as_described() -> None:
         "custom:memory=24,bandwidth=0",
         "custom:memory=1e308",
         "custom:memory=24,float32=0",
+        "custom:memory=0.1",
+        "0.5GB",
     ],
 )
 def test_other_cards_are_refused_in_one_line(name: str) -> None:

@@ -24,7 +24,7 @@ from dit_dp.trainer.interrupts import STOPS
 from dit_dp.trainer.rates import learning_rate_at
 from dit_dp.trainer.recipes import load_recipe, recipe_names, with_recipe
 from dit_dp.trainer.run import Run, run
-from dit_dp.trainer.world import join_world
+from dit_dp.trainer.world import WORLD_VARIABLES, join_world
 
 TINY: dict[str, Any] = {
     "data": "digits",
@@ -158,7 +158,8 @@ def test_what_is_not_private_says_so(tmp_path: Path, changes: dict[str, Any], sa
         ({"batch_size": 5000}, "batch_size: got 5000"),
         ({"memory_budget_gib": 1.0}, "memory_budget_gib: got 1.0"),
         ({"epsilon": 0.1, "noise_multiplier": 0.5}, "one step with noise multiplier 0.5"),
-        ({"sharding": "fsdp2"}, "sharding: got 'fsdp2'"),
+        ({"sharding": "fsdp2", "method": "lean"}, "sharding: got 'fsdp2'"),
+        ({"sharding": "fsdp2", "method": "auto", "memory_budget_gib": 1.0}, "memory_budget_gib: got 1.0"),
         ({"resume": "nowhere"}, "resume: got 'nowhere'"),
         ({"num_classes": 5}, "num_classes: got 5"),
         ({"held_out": 1e-9}, "held_out: got 1e-09"),
@@ -189,6 +190,31 @@ def test_sets_that_leave_images_out_are_asked_for(tmp_path: Path, caplog: pytest
     run(tiny(tmp_path, **SETS, steps=1, set_remainder="drop"))
     assert "images are in no set of 3" in caplog.text
     assert json.loads((only_run(tmp_path) / "summary.json").read_text())["num_units"] == 596
+
+
+def test_auto_on_shards_is_the_one_pass_method_that_runs_there(tmp_path: Path) -> None:
+    assert tiny(tmp_path, sharding="fsdp2", method="auto").method == "ghost_fsdp_bk"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--batch-size", "-1"], ["--batch-size", "2", "--steps", "2", "--noise-multiplier", "1", "--device", "cuda"]],
+    ids=["words", "device"],
+)
+def test_of_several_processes_one_says_what_is_wrong_with_its_words(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name in WORLD_VARIABLES:
+        monkeypatch.setenv(name, "2")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        try:
+            code = train.main(["--data", "digits", *words])
+        except SystemExit as ended:
+            code = ended.code
+        assert code == 2
+        assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 def test_a_missing_gpu_is_named(tmp_path: Path) -> None:
@@ -395,18 +421,18 @@ def test_a_tracker_is_told_everything_once(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("dit_dp.trainer.run.check_tracker", lambda kind: None)
     monkeypatch.setattr("dit_dp.trainer.run.make_tracker", lambda *asked: Told())
-    run(
-        tiny(
-            tmp_path,
-            **SETS,
-            set_remainder="drop",
-            steps=2,
-            batch_size=4,
-            held_out=0.1,
-            num_samples=2,
-            tracker="tensorboard",
-        )
+    config = tiny(
+        tmp_path,
+        **SETS,
+        set_remainder="drop",
+        steps=2,
+        batch_size=4,
+        held_out=0.1,
+        num_samples=2,
+        tracker="tensorboard",
     )
+    run(config)
+    run(replace(config, resume="auto"))
     assert {line for line in told if line.startswith("scalars")} == {"scalars 1 True", "scalars 2 True"}
     assert told[0] == "graph"
     assert told.count("graph") == 1
