@@ -15,6 +15,19 @@ from dit_dp.errors import UsageError
 
 T = TypeVar("T")
 
+WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+"""What torchrun tells each process."""
+
+
+def started_by_torchrun() -> bool:
+    """Return whether this process is one of several."""
+    return all(name in os.environ for name in WORLD_VARIABLES)
+
+
+def speaks_here() -> bool:
+    """Return whether this process says what is wrong with words or devices that all of this machine have."""
+    return not started_by_torchrun() or os.environ["LOCAL_RANK"] == "0"
+
 
 def guarded(
     kind: type[T],

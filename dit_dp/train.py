@@ -1,10 +1,9 @@
 """``dit-dp train``; also ``python -m dit_dp.train``, and a script for torchrun. Parse, call, exit."""
 
-import os
 import sys
 from collections.abc import Sequence
 
-from dit_dp.console import guarded
+from dit_dp.console import guarded, speaks_here, started_by_torchrun
 from dit_dp.trainer.config import TrainConfig
 from dit_dp.trainer.recipes import with_recipe
 
@@ -22,15 +21,21 @@ def main(argv: Sequence[str] | None = None, prog: str = f"{NAME} train") -> int:
 
     def train(config: TrainConfig) -> int:
         from dit_dp.trainer.run import run
-        from dit_dp.trainer.world import launch, started_by_torchrun
+        from dit_dp.trainer.world import launch
 
         if config.devices > 1 and not started_by_torchrun():
             return launch(config.devices, arguments)
         return run(config)
 
-    first = os.environ.get("RANK", "0") == "0"
     return guarded(
-        TrainConfig, arguments, prog, train, name=NAME, prepare=with_recipe, interrupted=INTERRUPTED, speaks=first
+        TrainConfig,
+        arguments,
+        prog,
+        train,
+        name=NAME,
+        prepare=with_recipe,
+        interrupted=INTERRUPTED,
+        speaks=speaks_here(),
     )
 
 

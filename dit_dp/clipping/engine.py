@@ -271,7 +271,8 @@ class Engine(ABC):
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return next(iter(self.parameters.values())).new_zeros(0)
+        first = next(iter(self.parameters.values()))
+        return torch.zeros(0, dtype=first.dtype, device=first.device)
 
     def _privatize(
         self, noise_multiplier: float, expected_batch_size: float, generator: torch.Generator | None

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from dit_dp.clipping.gathered import reshard
 from dit_dp.clipping.ranks import Replicas
 from dit_dp.errors import UnsupportedModelError
 
@@ -74,8 +75,7 @@ def find_shards(model: nn.Module) -> Shards | None:
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel):
             raise UnsupportedModelError("model: FullyShardedDataParallel is FSDP1; use fully_shard, which is FSDP2")
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a forward without gradients, such as sampling, leaves the root's parameters gathered
+    reshard(model)  # a forward without gradients, such as sampling, leaves the root's parameters gathered
     parameters = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
     if not parameters:
         return None

@@ -72,6 +72,7 @@ def _ranks_of(model: nn.Module, group: dist.ProcessGroup | None) -> Ranks:
     if shards is not None:
         if group is not None:
             raise UsageError("process_group: fully_shard's mesh says which ranks train together; leave it out")
+        shards.copy_first(model)
         return shards
     if group is None:
         if dist.get_world_size() == 1:
@@ -90,7 +91,7 @@ def _ranks_of(model: nn.Module, group: dist.ProcessGroup | None) -> Ranks:
     return replicas
 
 
-def _shards(model: nn.Module) -> Ranks | None:
+def _shards(model: nn.Module) -> Replicas | None:
     """Return the ranks of a model that FSDP has sharded.
 
     Whoever has one has imported FSDP. Imported only now, after the group was made, `torch.distributed.nn` would hold

@@ -25,6 +25,7 @@ from dit_dp.clipping.batch import Batch, LossFn
 from dit_dp.clipping.blocks import Block, BlockCall, find_blocks, refuse_compiled_in_place, stand_in, uninstall
 from dit_dp.clipping.bookkeeping import BookkeepingEngine, BookRule
 from dit_dp.clipping.contributions import Contribution, Direct, Outer
+from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.lives import Trial
 from dit_dp.clipping.probe import Prober
 from dit_dp.clipping.units import Units
@@ -162,7 +163,13 @@ class LeanEngine(BookkeepingEngine):
             def part(tensor: Tensor, rows: slice = rows, chosen: slice = slice(start, stop)) -> Tensor:
                 return tensor[rows] if tensor.shape[0] == units.num_rows else tensor[chosen]
 
-            call.differentiate_again(part, sliced if halved else [False] * len(call.leaves))
+            def walk(*what: object, part: Callable[[Tensor], Tensor] = part) -> None:
+                call.differentiate_again(part, sliced if halved else [False] * len(call.leaves))
+
+            if start == 0:
+                walk()
+            else:  # all gradients are there, so it takes the same in every step
+                hardware().apply(walk, call.block.name, stop - start, tuple(call.leaves))
         self._units, self._factors, self._keep = units, factors, keep
 
     def _forget(self) -> None:

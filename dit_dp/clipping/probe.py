@@ -92,11 +92,15 @@ def _is_view(func: Any) -> bool:
 
 
 def _is_older(storage: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
-    """Return whether a result's storage is an argument's; only what writes into arguments returns them."""
-    if isinstance(func, OpOverload) and not func._schema.is_mutable:
+    """Return whether a result's storage is an argument's: of what writes into arguments, or says too little."""
+    if isinstance(func, OpOverload) and not func._schema.is_mutable and func._schema.name not in _SILENT_VIEWS:
         return False
     older = (t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
     return storage._cdata in older
+
+
+_SILENT_VIEWS = ("aten::_unsafe_view", "aten::unsafe_split", "aten::unsafe_split_with_sizes", "aten::lift")
+"""Return an argument's storage though their schemas do not say so."""
 
 
 class Prober:

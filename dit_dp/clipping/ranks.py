@@ -115,9 +115,9 @@ class Replicas(Ranks):
             self._wrapper.require_backward_grad_sync, self._wrapper.require_forward_param_sync = self._before
 
     def copy_first(self, model: nn.Module) -> None:
-        """Give every rank the first one's parameters and buffers, as DDP does when it is built."""
+        """Give every rank the first one's parameters and buffers, as DDP does when it is built; shards are its own."""
         for tensor in (*model.parameters(), *model.buffers()):
-            for group in self._groups:
+            for group in () if hasattr(tensor, "device_mesh") else self._groups:
                 dist.broadcast(tensor.detach(), group=group, group_src=0)
 
     def entropy(self, size: int) -> bytes:

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dit_dp.clipping.compiled import outside_graphs, uncompiled
 from dit_dp.clipping.contributions import Contribution
-from dit_dp.clipping.raw_operations import combine, mutates, tensors_in
+from dit_dp.clipping.gathered import sharded_modules
+from dit_dp.clipping.raw_operations import combine, map_nested, mutates, tensors_in
 from dit_dp.clipping.reading import read
 from dit_dp.clipping.rules import Rule
 from dit_dp.errors import UnsupportedModelError
@@ -56,6 +58,8 @@ class RawParameters(TorchFunctionMode):
         self._examples = WeakTensorKeyDictionary()  # those without a gradient; others show by having one
         self._layers: dict[tuple[Any, ...], Any] = {}
         self._forwards: list[tuple[nn.Module, Any]] = []
+        self._hooks: list[RemovableHandle] = []
+        self._passed: dict[nn.Module, list[Tensor | None]] = {}
         self._watching = False
 
     def attach(self, model: nn.Module, layers: Container[nn.Module]) -> None:
@@ -73,6 +77,8 @@ class RawParameters(TorchFunctionMode):
             if module not in layers:
                 self._forwards.append((module, module.__dict__.get("forward")))
                 module.forward = types.MethodType(outside_graphs(self._watched(module.forward)), module)
+        for module in sharded_modules(model):
+            self._hooks.append(module.register_forward_pre_hook(self._set_aside, with_kwargs=True, prepend=True))
 
     def detach(self) -> None:
         """Put the forwards back."""
@@ -81,6 +87,9 @@ class RawParameters(TorchFunctionMode):
             if earlier is not None:
                 module.forward = earlier
         self._forwards.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     @contextlib.contextmanager
     def _followed(self) -> Iterator[None]:
@@ -115,6 +124,7 @@ class RawParameters(TorchFunctionMode):
                     self._remember(tensor, (), examples=True)
             if self.engine.ranks.in_step:
                 self._note_gathered()
+                args, kwargs = self._put_back(module, args, kwargs)
             with self._followed():
                 return forward(*args, **kwargs)
 
@@ -127,6 +137,35 @@ class RawParameters(TorchFunctionMode):
             if parameter is not None and parameter not in self._names:
                 self._names.pop(self._gathered.get(name), None)  # type: ignore[arg-type]
                 self._names[parameter], self._gathered[name] = name, parameter
+
+    def _set_aside(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return a sharded module's inputs with stand-ins for derived tensors.
+
+        FSDP2 hands the forward others in the place of inputs that take a gradient, to see when their backward is over.
+        """
+        self._passed[module] = [t if self.is_derived(t) else None for t in tensors_in((args, kwargs))]
+
+        def stand_in(tensor: Tensor) -> Tensor:
+            return tensor.detach() if self.is_derived(tensor) else tensor
+
+        return map_nested(args, stand_in), map_nested(kwargs, stand_in)
+
+    def _put_back(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return a sharded module's inputs with the derived tensors it was called with, in the dtype they have now."""
+        pending = iter(self._passed.pop(module, ()))
+
+        def choose(tensor: Tensor) -> Tensor:
+            derived = next(pending, None)
+            if derived is None or derived.dtype == tensor.dtype:
+                return tensor if derived is None else derived
+            cast: Tensor = self.run(Tensor.to, derived, tensor.dtype)
+            return cast
+
+        return map_nested(args, choose), map_nested(kwargs, choose)
 
     # --- what an operation does ------------------------------------------------------------------------------
 
@@ -144,6 +183,7 @@ class RawParameters(TorchFunctionMode):
             self.expect(sources, math.inf)
             sources = ()
         if sources and examples:
+            self._require_gathered(sources)
             result = combine(self, func, args, kwargs)
         else:
             with _kept_as_they_are() if sources else contextlib.nullcontext():
@@ -181,6 +221,15 @@ class RawParameters(TorchFunctionMode):
             elif self.is_derived(tensor):
                 found.update(dict.fromkeys(self._derived[tensor]))
         return tuple(found)
+
+    def _require_gathered(self, sources: Iterable[nn.Parameter]) -> None:
+        """Refuse what is made of a shard: the module that holds it does not run now."""
+        for source in sources:
+            if hasattr(source, "device_mesh"):
+                raise UnsupportedModelError(
+                    f"model: parameter {self._names[source]} is read while FSDP2 has not gathered it; read it in the "
+                    f"forward of the module that was sharded with it, or shard it with the module that reads it"
+                )
 
     # --- for operations --------------------------------------------------------------------------------------
 

@@ -66,15 +66,15 @@ def combine(raw: "RawParameters", func: Operation, args: tuple[Any, ...], kwargs
     return HANDLERS[name](raw, func, args, kwargs)
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_nested(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Return nested arguments with a function applied to their tensors."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (tuple, list)):
-        mapped = [_mapped(item, function) for item in value]
+        mapped = [map_nested(item, function) for item in value]
         return mapped if isinstance(value, list) else tuple(mapped)
     if isinstance(value, dict):
-        return {key: _mapped(item, function) for key, item in value.items()}
+        return {key: map_nested(item, function) for key, item in value.items()}
     return value
 
 
@@ -86,7 +86,7 @@ def _with_copies(
     def copied(tensor: Tensor) -> Tensor:
         return raw.read(tensor, rows, rank) if raw.is_derived(tensor) else tensor
 
-    return func(*_mapped(args, copied), **_mapped(kwargs, copied))
+    return func(*map_nested(args, copied), **map_nested(kwargs, copied))
 
 
 def _pointwise(raw: "RawParameters", func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

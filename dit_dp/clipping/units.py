@@ -65,6 +65,14 @@ class Units:
             return cls(num_rows, num_rows)
         return cls(num_rows, num_units, ids.long())
 
+    @property
+    def rows_of_first(self) -> int:
+        """Rows of the first unit; 0 without any."""
+        if self.row_to_unit is None:
+            return min(1, self.num_units)
+        with hardware().with_data():
+            return int((self.row_to_unit == 0).sum())
+
     @cached_property
     def adjacent(self) -> bool:
         """Whether every unit has K rows, one after the other: grouping is then a view."""
@@ -138,13 +146,13 @@ class Units:
         return part, units
 
 
-def with_zero_units(batch: Batch, units: Units, count: int) -> tuple[Batch, Units]:
-    """Return a batch with units of zeros added until there are `count`, each of as many rows as the first unit."""
+def with_zero_units(batch: Batch, units: Units, count: int, rows: int) -> tuple[Batch, Units]:
+    """Return a batch with units of zeros added until there are `count`, each of so many rows."""
     missing = max(0, count - units.num_units)
-    ids = torch.arange(units.num_rows) if units.row_to_unit is None else units.row_to_unit
-    size = 1 if units.row_to_unit is None else int((ids == 0).sum()) or 1
-    ids = torch.cat([ids, torch.arange(units.num_units, units.num_units + missing).repeat_interleave(size)])
-    longer = map_tensors(lambda t: torch.cat([t, t.new_zeros(missing * size, *t.shape[1:])]), batch)
+    with hardware().with_data():
+        ids = torch.arange(units.num_rows) if units.row_to_unit is None else units.row_to_unit
+        ids = torch.cat([ids, torch.arange(units.num_units, units.num_units + missing).repeat_interleave(rows)])
+    longer = map_tensors(lambda t: torch.cat([t, t.new_zeros(missing * rows, *t.shape[1:])]), batch)
     if isinstance(longer, Mapping) and ROW_TO_UNIT in longer:
         longer = {**longer, ROW_TO_UNIT: ids.to(longer[ROW_TO_UNIT].device)}
-    return longer, Units.of(len(ids), None if units.row_to_unit is None else ids)
+    return longer, Units.of(len(ids), ids)

@@ -99,7 +99,7 @@ class WatchedEngine(Engine):
     def _attach(self) -> None:
         self._prober: Prober | None = None
         self._look: Look | None = None
-        self._num_tried = 0
+        self._num_tried = self._rows_of_a_unit = 0
         self._graph_examined = False
         self._loss_weight = 1.0
         self._squares: Tensor | None = None
@@ -137,6 +137,10 @@ class WatchedEngine(Engine):
         return norms
 
     def _accumulate(self, loss_fn: LossFn, batch: Batch, units: Units) -> Tensor | None:
+        if self.ranks.in_step and self._rows_of_a_unit == 0:
+            self._rows_of_a_unit = max(self.ranks.gather(units.rows_of_first))
+            if self._rows_of_a_unit == 0:  # no rank has a unit yet, so none waits for another
+                return self._accumulate_nothing()
         if units.num_units == 0:
             return self._take_part(loss_fn, batch, units)
         several = min(units.num_units, 2)
@@ -170,7 +174,7 @@ class WatchedEngine(Engine):
         """Run a unit of zeros whose loss has weight 0: ranks that have units need this one's part in what they send."""
         num_dropped, self._loss_weight = self.num_dropped, 0.0
         try:
-            norms = self._accumulate(loss_fn, *with_zero_units(batch, units, 1))
+            norms = self._accumulate(loss_fn, *with_zero_units(batch, units, 1, self._rows_of_a_unit))
         finally:
             self.num_dropped, self._loss_weight = num_dropped, 1.0
         assert norms is not None
@@ -179,7 +183,7 @@ class WatchedEngine(Engine):
     def _try(self, loss_fn: LossFn, batch: Batch, units: Units) -> None:
         """Refuse a model whose units do not keep apart, once there are two."""
         if self.ranks.in_step:
-            batch, units = with_zero_units(batch, units, 2)
+            batch, units = with_zero_units(batch, units, 2, self._rows_of_a_unit)
         if units.num_units > 1 and hardware().has_data:
             self._run_trial(loss_fn, batch, units, 2, alone=True)
             with uncompiled():

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dit_dp.clipping.gathered import reshard, root_gathered
 from dit_dp.errors import UsageError
 
 
@@ -26,6 +27,7 @@ def evaluating(model: nn.Module, averages: Mapping[str, Tensor] | None = None) -
     Raises:
         UsageError: An average of no parameter, or of another shape.
     """
+    reshard(model)  # averages are of the shards
     parameters = dict(model.named_parameters(remove_duplicate=False))
     averages = averages or {}
     for name, average in averages.items():
@@ -39,7 +41,8 @@ def evaluating(model: nn.Module, averages: Mapping[str, Tensor] | None = None) -
     try:
         _copy(averages, parameters)
         model.eval()
-        yield model
+        with root_gathered(model):
+            yield model
     finally:
         _copy(kept, parameters)
         for module, mode in modes:

@@ -140,6 +140,9 @@ class TrainConfig(WorkloadConfig):
         """Check every field, alone and together."""
         super().__post_init__()
         if self.method == "auto" and self.sharding == "fsdp2":
+            if self.memory_budget_gib is not None:
+                fix = "on shards no method plans its memory"
+                raise UsageError.for_value("memory_budget_gib", self.memory_budget_gib, "None", fix)
             object.__setattr__(self, "method", "ghost_fsdp_bk")
         for name in ("batch_size", "devices", "keep_checkpoints", "log_every", "num_synthetic"):
             validate.integer(name, getattr(self, name))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dit_dp.clipping.gathered import root_gathered
 from dit_dp.trainer.trainer import Trainer
 from dit_dp.workloads import input_shape
 
@@ -47,7 +48,8 @@ def held_out_contexts(trainer: Trainer) -> Tensor | None:
     sets, _ = data.take(torch.arange(min(CONTEXTS, len(data))))  # (b, M, C, H, W)
     rows = sets.flatten(0, 1).to(device)
     t = torch.full((len(rows),), trainer.spec.objective.num_steps // 2, device=device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=trainer.config.dtype == "bf16"):
+    bf16 = torch.autocast(device.type, dtype=torch.bfloat16, enabled=trainer.config.dtype == "bf16")
+    with root_gathered(model), bf16:
         contexts: Tensor = model.context(rows, t)  # type: ignore[operator]
     return contexts
 

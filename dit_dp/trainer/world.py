@@ -12,12 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from dit_dp.console import WORLD_VARIABLES, speaks_here, started_by_torchrun
 from dit_dp.errors import UsageError
 
 T = TypeVar("T")
-
-WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-"""What torchrun tells each process."""
 
 _SAID = "said_why"
 """In the store: how many processes had a mistake to report."""
@@ -122,13 +120,13 @@ def join_world(device: str) -> World:
         device: ``auto``, ``cuda`` or ``cpu``.
 
     Raises:
-        UsageError: There is no such device, or fewer than processes on this machine. One process says so; the others
-            end without a word.
+        UsageError: There is no such device, or fewer than processes on this machine. One process of a
+            machine says so; its others end without a word.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        if started_by_torchrun() and os.environ["RANK"] != "0":
+        if not speaks_here():
             raise SystemExit(2)
         raise UsageError.for_value("device", device, "cpu", "torch finds no CUDA device")
     if not started_by_torchrun():
@@ -153,11 +151,6 @@ def leave_world(world: World) -> None:
     """Part from the others."""
     if world.group is not None:
         dist.destroy_process_group()
-
-
-def started_by_torchrun() -> bool:
-    """Return whether this process is one of several."""
-    return all(name in os.environ for name in WORLD_VARIABLES)
 
 
 def launch(devices: int, argv: Sequence[str]) -> int:

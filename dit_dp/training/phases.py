@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dit_dp.clipping.engine import Engine
+from dit_dp.clipping.gathered import reshard
 from dit_dp.errors import EngineStateError, UsageError
 from dit_dp.training.ema import Ema
 from dit_dp.training.groups import add_lora, members, parts_of
@@ -166,15 +167,10 @@ class PhaseRunner:
 
     def _set_trainable(self, index: int) -> None:
         """Let the parameters of a phase take gradients, and no other that is not fixed."""
+        reshard(self.model)  # it is the shards that are told; what is gathered from them follows
         chosen = set(self._trainable[index])
-        train = {name: name in chosen for names in self._parts.values() for name in names}
-        if any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters()):
-            from dit_dp.training.shards import set_trainable
-
-            set_trainable(self.model, train)
-        else:
-            for name, trains in train.items():
-                self.model.get_parameter(name).requires_grad_(trains)
+        for name in {name for names in self._parts.values() for name in names}:
+            self.model.get_parameter(name).requires_grad_(name in chosen)
 
     def _note_averages(self) -> None:
         if self.ema is not None:

@@ -1,10 +1,10 @@
 """A model's parameters spread over ranks by FSDP2, block by block."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -22,32 +22,6 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         fully_shard(block, mesh=mesh, ignored_params=scalars)
     fully_shard(model, mesh=mesh, ignored_params=scalars)
     return model
-
-
-def set_trainable(model: nn.Module, trains: Mapping[str, bool]) -> None:
-    """Let some parameters take gradients and others not: shards, and the full parameters that stand in for them.
-
-    FSDP2 looks at a shard's `requires_grad` once, when it gathers it first; so what it gathers is told as well. Every
-    rank has to call this.
-
-    Args:
-        model: Sharded.
-        trains: By name; others stay as they are.
-    """
-    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for group in groups:
-        group.reshard()  # after a forward without gradients the root's are gathered
-    _tell(model, trains)
-    for group in groups:
-        group.unshard()
-    _tell(model, trains)
-    for group in groups:
-        group.reshard()
-
-
-def _tell(model: nn.Module, trains: Mapping[str, bool]) -> None:
-    for name, wanted in trains.items():
-        model.get_parameter(name).requires_grad_(wanted)
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

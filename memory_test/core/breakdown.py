@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from memory_test.core.schema import BREAKDOWN, Timeline
 
@@ -29,8 +30,7 @@ ELSEWHERE = "elsewhere"
 """What belongs to no part of the model."""
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """One allocation (`size` > 0) or release (`size` < 0); its position in the log is its index."""
 
     time_s: float

@@ -160,10 +160,24 @@ def _make(result: _Result, mode: FakeTensorMode | None, of: list[Tensor]) -> Ten
         made = torch.empty_strided(result.shape, result.stride, dtype=result.dtype, device="meta")
         if result.argument is not None:
             made.set_(of[result.argument].untyped_storage(), result.offset, result.shape, result.stride)
-        return FakeTensor(mode, made, _CPU)
+        return _fake(mode, made)
+
+
+def _fake(mode: FakeTensorMode | None, blank: Tensor) -> Tensor:
+    """Return a fake tensor of the CPU, as its constructor does, which looks at many arguments that are not given."""
+    if _LIKE.get("fake_mode") is not mode:
+        _LIKE.clear()
+        _LIKE.update(vars(FakeTensor(mode, blank, _CPU)))
+    made: Tensor = torch.Tensor._make_subclass(
+        FakeTensor, blank, False, dispatch_device=True, device_for_backend_keys=_CPU
+    )
+    vars(made).update(_LIKE)
+    return made
 
 
 _CPU = torch.device("cpu")
+_LIKE: dict[str, Any] = {}
+"""What a fake tensor of the present mode holds beyond its shape."""
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -1,9 +1,7 @@
 """The log of a step that is only imagined: which storages are born and die, in which order, and what is computed."""
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -102,17 +100,17 @@ class Trace:
         Args:
             borders: Positions of events that instants do not reach across.
         """
-        edges, seen = sorted(borders), set[int]()
-
-        def instant(position: int) -> tuple[int, ...]:
-            index = self.events[position]
-            if index not in seen:
+        edges, seen, first = set(borders), set[int](), 0
+        for position, (index, instant) in enumerate(zip(self.events, self.event_operations, strict=True)):
+            born = index not in seen
+            if born or position in edges or instant != self.event_operations[first]:
+                self._order(first, position)
+                first = position + 1 if born else position
+            if born:
                 seen.add(index)
-                return (position,)
-            return self.event_operations[position], bisect_right(edges, position)
+        self._order(first, len(self.events))
 
-        instants = [instant(position) for position in range(len(self.events))]
-        for _, group in groupby(range(len(instants)), instants.__getitem__):
-            positions = list(group)
-            deaths = slice(positions[0], positions[-1] + 1)
-            self.events[deaths] = sorted(self.events[deaths])
+    def _order(self, start: int, end: int) -> None:
+        """Put the events of a range in order."""
+        if end - start > 1:
+            self.events[start:end] = sorted(self.events[start:end])

@@ -63,7 +63,7 @@ def without_unseen(log: Log) -> tuple[Log, list[int]]:
         else:
             held.pop(event.address, None)
     unseen |= set(held.values())
-    events = [replace(event, size=0) if index in unseen else event for index, event in enumerate(log.events)]
+    events = [event._replace(size=0) if index in unseen else event for index, event in enumerate(log.events)]
     return replace(log, events=events), [log.events[index].size for index in unseen]
 
 

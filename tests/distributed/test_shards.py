@@ -362,6 +362,82 @@ def test_examples_that_are_not_kept_apart_are_found(on_ranks: Pool) -> None:
     assert all("no per-example gradient exists" in message for message in on_ranks(coupled_is_found))
 
 
+class Bias(nn.Module):
+    """Holds a parameter and hands it back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(0.5 * torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias.sin()
+
+
+class Block(nn.Module):
+    """Adds what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, *, given: dict[str, Tensor]) -> Tensor:
+        return x + torch.tanh(self.layer(x + given["positions"]) * given["scale"])
+
+
+class Passed(nn.Module):
+    """Blocks, each sharded alone, that are handed raw parameters of the root's, and one that is made of such."""
+
+    def __init__(self, bias_by: str = "module") -> None:
+        super().__init__()
+        self.positions, self.scale = nn.Parameter(0.5 * torch.randn(5, 6)), nn.Parameter(torch.randn(6))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.tail, self.out, self.bias_by = Bias(), nn.Linear(6, 3), bias_by
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, given={"positions": self.positions, "scale": self.scale.sin()})
+        return self.out(x + (self.tail(x) if self.bias_by == "module" else self.tail.bias)).mean(1)
+
+
+def sharded_by_hand(model: Passed) -> nn.Module:
+    for module in (*model.blocks, model.tail, model):
+        fully_shard(module)
+    return model
+
+
+def passed_error(method: str) -> tuple[float, str]:
+    """Return the error of the sum; and what is said of a parameter that is read where it is not gathered."""
+    case = make_case("tokens")
+    torch.manual_seed(0)
+    case = Case(Passed(), case.batch, case.loss_fn)
+    wanted, threshold = oracle(case, method)
+    own: Any = mine(case.batch)
+    error = error_after_step(attach(sharded_by_hand(case.model), method, threshold), case, wanted, [own])
+    astray = attach(sharded_by_hand(Passed(bias_by="name")), method)
+    return error, message_of(lambda: astray.accumulate(case.loss_fn, own))
+
+
+@pytest.mark.parametrize("method", [BK, "ghost"])
+def test_raw_parameters_handed_to_a_sharded_module(on_ranks: Pool, method: str) -> None:
+    for error, said in on_ranks(passed_error, method):
+        assert error < 1e-5
+        assert "parameter tail.bias is read while FSDP2 has not gathered it" in said
+        assert "\n" not in said
+
+
+def scalar_after_attach() -> float:
+    """Return what a rank holds of a scalar that ranks began with apart, once an engine is attached."""
+    model = nn.Sequential(nn.Linear(6, 4))
+    model.register_parameter("scale", nn.Parameter(torch.tensor(float(dist.get_rank()))))
+    engine = attach(fully_shard(model, ignored_params={model.scale}), BK)
+    engine.detach()
+    return model.scale.item()  # type: ignore[no-any-return]
+
+
+def test_what_is_left_to_every_rank_begins_alike(on_ranks: Pool) -> None:
+    assert on_ranks(scalar_after_attach) == [0.0, 0.0]
+
+
 def attach_wrongly() -> dict[str, str]:
     model = shard(make_case("tokens").model)
     mesh = init_device_mesh("cpu", (2,))

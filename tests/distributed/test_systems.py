@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from dit_dp.clipping import attach
 from dit_dp.clipping.batch import num_rows
@@ -40,18 +41,41 @@ def test_the_sum_is_over_both_ranks_units(on_ranks: Pool, name: str) -> None:
     assert max(on_ranks(sum_error, name, BK)) < 1e-5
 
 
+def error_of_one_ranks_units(name: str) -> float:
+    """Return the error where no rank has a unit at first, and then rank 0 has all."""
+    objective, batch, row_to_unit = draw(name)
+    model = build(name)
+    case = Case(model, batch, objective)
+    wanted, threshold = oracle(case, BK, row_to_unit)
+    units = Units.of(num_rows(batch), row_to_unit)
+    part, own = units.take(batch, 0, units.num_units if dist.get_rank() == 0 else 0)
+    none, _ = units.take(batch, 0, 0)
+    engine = attach(shard(model, init_device_mesh("cpu", (2,))), BK, threshold)
+    norms = engine.accumulate(objective, none, none.get("row_to_unit"))
+    assert norms is not None
+    assert norms.shape == (0,)
+    return error_after_step(engine, case, wanted, [part], row_to_unit=own.row_to_unit)
+
+
+@pytest.mark.parametrize("name", ["set film", "ddt normed"])
+def test_a_rank_without_units_stands_in_with_a_whole_one(on_ranks: Pool, name: str) -> None:
+    assert max(on_ranks(error_of_one_ranks_units, name)) < 1e-5
+
+
 @pytest.mark.parametrize("method", ["ghost", "flash_clip", "per_layer"])
 def test_by_other_methods(on_ranks: Pool, method: str) -> None:
     for name in ("set lag", "panda"):
         assert max(on_ranks(sum_error, name, method)) < 1e-5
 
 
-def trained(name: str, train: str, sharded: bool) -> tuple[list[list[str]], list[float]]:
+def trained(name: str, train: str, how: str) -> tuple[list[list[str]], list[float]]:
     """Take a step with noise before each border and after; return what moved in each, and all parameters."""
     model = build(name)
-    group = None if sharded else dist.group.WORLD
-    if sharded:
+    group = dist.group.WORLD if how == "replicas" else None
+    if how == "by block":
         shard(model, init_device_mesh("cpu", (2,)))
+    elif how == "whole":  # all of it stays gathered after a forward without gradients
+        fully_shard(model, ignored_params={p for p in model.parameters() if p.dim() == 0})
     runner = PhaseRunner(
         model,
         Schedule.parse(train),
@@ -89,17 +113,19 @@ def trained(name: str, train: str, sharded: bool) -> tuple[list[list[str]], list
 
 
 @pytest.mark.parametrize(
-    ("name", "train"),
+    ("name", "train", "how"),
     [
-        ("set film", "encoder:1-2,full:3-"),
-        ("set lag", "full:1-1,encoder:2-3,full:4-"),
-        ("ddt", "head:1-1,full:2-2,encoder:3-"),
-        ("panda", "head:1-2,full:3-"),
+        ("set lag", "full:1-1,encoder:2-3,full:4-", "by block"),
+        ("panda", "head:1-2,full:3-", "whole"),
+        pytest.param("set film", "encoder:1-2,full:3-", "by block", marks=pytest.mark.full),
+        pytest.param("set film", "encoder:1-2,full:3-", "whole", marks=pytest.mark.full),
+        pytest.param("ddt", "head:1-1,full:2-2,encoder:3-", "by block", marks=pytest.mark.full),
+        pytest.param("ddt", "head:1-1,full:2-2,encoder:3-", "whole", marks=pytest.mark.full),
     ],
 )
-def test_phases_are_those_of_replicas(on_ranks: Pool, name: str, train: str) -> None:
-    (moved, shards), other = on_ranks(trained, name, train, True)
-    replicas = on_ranks(trained, name, train, False)[0]
+def test_phases_are_those_of_replicas(on_ranks: Pool, name: str, train: str, how: str) -> None:
+    (moved, shards), other = on_ranks(trained, name, train, how)
+    replicas = on_ranks(trained, name, train, "replicas")[0]
     assert other == (moved, shards)
     assert moved == replicas[0]
     assert len({len(names) for names in moved}) > 1

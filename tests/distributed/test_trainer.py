@@ -1,5 +1,6 @@
 """A run on two ranks is the run on one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,35 @@ def test_two_ranks_give_the_parameters_of_one(
     for mine, other, wanted in zip(first, second, one, strict=True):
         assert mine[1:] == pytest.approx(other[1:], rel=1e-6)
         assert mine[1:] == pytest.approx(wanted[1:], rel=1e-4, abs=1e-5), mine[0]
+
+
+SETS: dict[str, Any] = {
+    "workload": "set",
+    "data": "digits",
+    "model": None,
+    "num_classes": None,
+    "model_options": ("sample_size=3",),
+    "set_remainder": "drop",
+}
+
+
+def ended(folder: Path, changes: dict[str, Any]) -> tuple[list[str], int]:
+    """Train with all that a run does besides steps; return what it wrote, and how many lines of numbers."""
+    world = World(rank=dist.get_rank(), size=SIZE, device=torch.device("cpu"), group=dist.group.WORLD)
+    looks: dict[str, Any] = {"held_out": 0.2, "log_every": 2, "num_samples": 2, "sample_every": 2}
+    Run(config_of(folder, **SHARDS, **looks, **changes), world).go()
+    (run,) = folder.glob("0*")
+    numbers = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["validation_loss"] > 0 for line in numbers if line["step"] > 1)
+    return sorted(path.name for path in run.iterdir()), len(numbers)
+
+
+@pytest.mark.parametrize("changes", [{"train": "head:1-1,full:2-"}, SETS], ids=["dit", "set"])
+def test_a_run_on_shards_validates_and_samples(on_ranks: Pool, tmp_path: Path, changes: dict[str, Any]) -> None:
+    (files, lines), other = on_ranks(ended, tmp_path, changes)
+    assert other == (files, lines)
+    assert {"samples", "checkpoints", "summary.json"} <= set(files)
+    assert lines == STEPS
 
 
 def refusal(folder: Path, changes: list[dict[str, Any]]) -> str:

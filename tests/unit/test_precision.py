@@ -50,6 +50,19 @@ def rounded(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before[1:]
 
 
+def test_what_was_allowed_for_everything_can_be_taken_back_for_everything() -> None:
+    before = (torch.backends.fp32_precision, *allowed())
+    for_everything()
+    try:
+        with full_float32():
+            assert "tf32" not in allowed()
+        torch.backends.fp32_precision = "ieee"
+        assert "tf32" not in allowed()
+    finally:
+        torch.backends.fp32_precision = before[0]
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before[1:]
+
+
 def test_it_is_full_meanwhile_and_as_before_after(rounded: tuple[str, str]) -> None:
     assert "tf32" in rounded
     found = []

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from dit_dp import train
-from dit_dp.console import parse
+from dit_dp.console import WORLD_VARIABLES, parse
 from dit_dp.errors import UsageError
 from dit_dp.privacy import Ledger, Mechanism, epsilon
 from dit_dp.privacy.statement import rounded_up
@@ -24,7 +24,7 @@ from dit_dp.trainer.interrupts import STOPS
 from dit_dp.trainer.rates import learning_rate_at
 from dit_dp.trainer.recipes import load_recipe, recipe_names, with_recipe
 from dit_dp.trainer.run import Run, run
-from dit_dp.trainer.world import WORLD_VARIABLES, join_world
+from dit_dp.trainer.world import join_world
 
 TINY: dict[str, Any] = {
     "data": "digits",
@@ -201,20 +201,23 @@ def test_auto_on_shards_is_the_one_pass_method_that_runs_there(tmp_path: Path) -
     [["--batch-size", "-1"], ["--batch-size", "2", "--steps", "2", "--noise-multiplier", "1", "--device", "cuda"]],
     ids=["words", "device"],
 )
-def test_of_several_processes_one_says_what_is_wrong_with_its_words(
+def test_of_a_machines_processes_one_says_what_is_wrong_with_its_words(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for name in WORLD_VARIABLES:
         monkeypatch.setenv(name, "2")
     for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         try:
             code = train.main(["--data", "digits", *words])
         except SystemExit as ended:
             code = ended.code
         assert code == 2
         assert len(capsys.readouterr().err.splitlines()) == lines
+    monkeypatch.delenv("RANK")  # not torchrun's doing
+    assert train.main(["--data", "digits", *words]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_missing_gpu_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""FSDP2's full parameters, in and out of the place of the shards they are gathered from; nothing for other models.
+
+FSDP2 is never imported here: who has sharded a model has, and imported only after a process group was made,
+`torch.distributed.nn` would hold that group by default arguments beyond `destroy_process_group`.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the shards in their place: after a forward without gradients, some groups' full parameters stay there."""
+    for group in sharded_modules(model):
+        group.reshard()
+
+
+@contextlib.contextmanager
+def root_gathered(model: nn.Module) -> Iterator[None]:
+    """Have the root's parameters gathered while some of the model is run past its forward; then reshard all.
+
+    Every rank has to come here.
+    """
+    groups = sharded_modules(model)
+    for group in groups[:1]:
+        group.unshard()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.reshard()
+
+
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """Return the modules that were given to `fully_shard`, the root first."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
