@@ -157,26 +157,30 @@ def main_doctor(argv: Sequence[str] | None = None, prog: str | None = None) -> i
 def main_predict(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Predict a cell."""
     from memory_test.predict.args import PredictArgs
+    from memory_test.predict.garbage import rarely_collected
 
     def predict(args: PredictArgs) -> int:
         from memory_test.predict.command import run_predict
 
         return run_predict(args)
 
-    return _guarded(PredictArgs, argv, prog, predict)
+    with rarely_collected():
+        return _guarded(PredictArgs, argv, prog, predict)
 
 
 def main_plan(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Plan method and batch for a card."""
     from memory_test.plan.args import PlanArgs
     from memory_test.plan.recipe import with_recipe
+    from memory_test.predict.garbage import rarely_collected
 
     def plan(args: PlanArgs) -> int:
         from memory_test.plan.command import run_plan
 
         return run_plan(args)
 
-    return _guarded(PlanArgs, argv, prog, plan, with_recipe)
+    with rarely_collected():
+        return _guarded(PlanArgs, argv, prog, plan, with_recipe)
 
 
 def main_calibrate(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -68,6 +68,7 @@ WITHOUT_TORCH = [
     "memory_test.plan.args",
     "memory_test.predict.args",
     "memory_test.predict.cards",
+    "memory_test.predict.garbage",
     "memory_test.predict.rates",
     "memory_test.report.report",
     "memory_test.sweep.grid",

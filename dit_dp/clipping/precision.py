@@ -1,4 +1,4 @@
-"""Norms and clipped sums in full float32, whatever a program allows for its own products.
+"""Which precision layers compute in, and norms and clipped sums: full float32, whatever a program allows itself.
 
 TF32 on CUDA and bf16 on CPUs keep 11 and 8 bits of an operand. A model may be trained so; a norm that is rounded so
 lets a contribution exceed C by as much.
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _TORCH: Any = torch.backends
 _BACKENDS = (_TORCH.cuda.matmul, _TORCH.mkldnn.matmul)
@@ -45,3 +46,10 @@ def _raised() -> Iterator[None]:
             torch.set_float32_matmul_precision(by_older_name)
         for backend, precision, above in zip(_BACKENDS, before, inherited, strict=True):
             backend.fp32_precision = "none" if precision == above else precision
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype autocast asks for on this tensor's device, if it is on and the tensor floats."""
+    device = x.device.type
+    active = torch.is_autocast_enabled(device) and (x.is_floating_point() and x.dtype != torch.float64)
+    return torch.getautocast_dtype(device) if active else None

@@ -23,7 +23,7 @@ from dit_dp.clipping.coverage import covered, layers_to_watch, refusal
 from dit_dp.clipping.engine import Engine, LayerRule
 from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.lives import Trial
-from dit_dp.clipping.precision import full_float32
+from dit_dp.clipping.precision import autocast_dtype, full_float32
 from dit_dp.clipping.probe import Prober
 from dit_dp.clipping.raw import RawParameters, raw_parameters
 from dit_dp.clipping.rules import Rule, rule_for
@@ -74,13 +74,6 @@ class _WatchedCall(torch.autograd.Function):
             grad_x = layer.rule.input_gradient(layer.module, x, lowered, g) if ctx.needs_input_grad[2] else None
             layer.engine.observe(layer, x, g)
         return None, None, grad_x, None, None
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype autocast asks for on this tensor's device, if it is on and the tensor floats."""
-    device = x.device.type
-    active = torch.is_autocast_enabled(device) and (x.is_floating_point() and x.dtype != torch.float64)
-    return torch.get_autocast_dtype(device) if active else None
 
 
 class WatchedEngine(Engine):
@@ -311,7 +304,7 @@ class WatchedEngine(Engine):
         """Run one call of a layer under watch."""
         self.expect(layer.trainable())
         x = layer.rule.prepare(layer.module, x)
-        lowered = None if layer.rule.name == "norm" else _autocast_dtype(x)
+        lowered = None if layer.rule.name == "norm" else autocast_dtype(x)
         x = x if lowered is None else x.to(lowered)
         output: Tensor = _WatchedCall.apply(layer, lowered, x, *layer.current())  # type: ignore[no-untyped-call]
         return output

@@ -69,8 +69,7 @@ class PartMark:
     part: str | None
 
 
-@dataclass(frozen=True)
-class Allocation:
+class Allocation(NamedTuple):
     """A block of memory from its birth (position in the log) to its death (`None`: it outlived the log)."""
 
     address: int

@@ -22,6 +22,7 @@ from memory_test.core.store import write_text
 from memory_test.plan.args import PlanArgs
 from memory_test.plan.facts import Budget, MethodPlan, Plan
 from memory_test.plan.render import describe_plan
+from memory_test.predict.garbage import collect_rarely
 from memory_test.predict.rates import calibration_of
 from memory_test.sweep.process import default_threads
 
@@ -95,7 +96,7 @@ def _plan_all(args: PlanArgs) -> list[MethodPlan]:
         return [_plan_one(args, method) for method in args.methods]
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=collect_rarely) as pool:
             return list(pool.map(functools.partial(_plan_one, args), args.methods))
     except BrokenProcessPool as error:
         raise UsageError("plan: a worker died, perhaps for want of memory; name fewer --methods") from error

@@ -1,8 +1,6 @@
 """One configuration without a GPU: the measuring loop on an imagined device, replayed through its allocator."""
 
 import contextlib
-import gc
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -19,6 +17,7 @@ from memory_test.core.model_args import is_custom
 from memory_test.predict.cards import Card
 from memory_test.predict.cpu_temporaries import CpuTemporaries
 from memory_test.predict.fakes import STAND_INS
+from memory_test.predict.garbage import rarely_collected
 from memory_test.predict.imagine import imagine, on_this_machine
 from memory_test.predict.replay import Peaks, Place, as_log, replay
 from memory_test.predict.roofline import Rates, operation_seconds, rule_seconds
@@ -133,28 +132,13 @@ def _run(resolved: dict[str, Any], card: Card | None, num_steps: int, whole: boo
     meter = TraceMeter(tracer)
     if is_custom(resolved["model"], resolved["pretrained"]):
         load_target(resolved["model"])  # a module that is imported later keeps tensors without data
-    with _rarely_collected(), _ranks(tracer, resolved) as wrap, imagine(tracer, card, cost, whole=whole):
+    with rarely_collected(), _ranks(tracer, resolved) as wrap, imagine(tracer, card, cost, whole=whole):
         choices = run_loop(resolved, meter, num_steps, lambda phase: None, said_device="cpu", wrap=wrap)
         tracer.stop()
     tracer.trace.order_deaths(place.position for place in meter.places)
     kernels = {op.name for op in tracer.trace.operations if op.name.startswith("_scaled_dot_product")}
     choices["attention_kernels"] = list(forward_only(kernels))
     return Imagined(tracer.trace, tuple(meter.places), tuple(meter.tags), tuple(meter.parts), choices)
-
-
-@contextlib.contextmanager
-def _rarely_collected() -> Iterator[None]:
-    """Have garbage in cycles looked for rarely: a log grows by hundreds of thousands of objects that are none."""
-    before = gc.get_threshold()
-    gc.set_threshold(MANY_OBJECTS, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-
-
-MANY_OBJECTS = 200_000
-"""Made between two looks for garbage."""
 
 
 def _ranks(tracer: Tracer, resolved: dict[str, Any]) -> contextlib.AbstractContextManager[Wrap | None]:
