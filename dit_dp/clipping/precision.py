@@ -52,4 +52,4 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype autocast asks for on this tensor's device, if it is on and the tensor floats."""
     device = x.device.type
     active = torch.is_autocast_enabled(device) and (x.is_floating_point() and x.dtype != torch.float64)
-    return torch.getautocast_dtype(device) if active else None
+    return torch.get_autocast_dtype(device) if active else None
