@@ -130,8 +130,8 @@ class Engine(ABC):
         if losses.shape[0] == 0:
             if self.ranks.in_step:
                 raise UsageError(
-                    "losses: got none, while other ranks wait in their backward for this one's part; "
-                    "call accumulate, which takes part with a stand-in"
+                    "losses: got none, while other ranks wait in their backward for this one's part; have every rank "
+                    "call accumulate, where one without units takes part with a stand-in"
                 )
             with self._failing():
                 return self._accumulate_nothing()

@@ -13,25 +13,29 @@ from torch import nn
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the shards in their place: after a forward without gradients, some groups' full parameters stay there."""
+    """Put the shards in their place: after a forward without gradients, some groups' full parameters stay there.
+
+    So they do after a forward that raised; torch 2.13 and later can be told that it is over.
+    """
     for group in sharded_modules(model):
-        group.reshard()
+        try:
+            group.reset_iter_state()
+        except (AttributeError, RuntimeError):  # an older torch; not the root, or nothing has run yet
+            group.reshard()
 
 
 @contextlib.contextmanager
 def root_gathered(model: nn.Module) -> Iterator[None]:
     """Have the root's parameters gathered while some of the model is run past its forward; then reshard all.
 
-    Every rank has to come here.
+    Every rank has to come here, after a first forward of the whole: whatever runs first is the root to FSDP2.
     """
-    groups = sharded_modules(model)
-    for group in groups[:1]:
+    for group in sharded_modules(model)[:1]:
         group.unshard()
     try:
         yield
     finally:
-        for group in groups:
-            group.reshard()
+        reshard(model)
 
 
 def sharded_modules(model: nn.Module) -> list[Any]:

@@ -30,7 +30,6 @@ def _raised() -> Iterator[None]:
     asked for, and put back.
     """
     before = [backend.fp32_precision for backend in _BACKENDS]
-    inherited = [_TORCH.fp32_precision, _TORCH.mkldnn.fp32_precision]  # "none" is to follow these
     try:
         by_older_name: str | None = torch.get_float32_matmul_precision()
     except RuntimeError:  # set by the newer one
@@ -44,8 +43,10 @@ def _raised() -> Iterator[None]:
     finally:
         if by_older_name not in (None, "highest"):
             torch.set_float32_matmul_precision(by_older_name)
-        for backend, precision, above in zip(_BACKENDS, before, inherited, strict=True):
-            backend.fp32_precision = "none" if precision == above else precision
+        for backend, precision in zip(_BACKENDS, before, strict=True):
+            backend.fp32_precision = "none"  # as others are, which is what most programs leave it at
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

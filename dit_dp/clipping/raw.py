@@ -78,7 +78,8 @@ class RawParameters(TorchFunctionMode):
                 self._forwards.append((module, module.__dict__.get("forward")))
                 module.forward = types.MethodType(outside_graphs(self._watched(module.forward)), module)
         for module in sharded_modules(model):
-            self._hooks.append(module.register_forward_pre_hook(self._set_aside, with_kwargs=True, prepend=True))
+            if module not in layers:  # one that is a layer is refused what FSDP2 hands it
+                self._hooks.append(module.register_forward_pre_hook(self._set_aside, with_kwargs=True, prepend=True))
 
     def detach(self) -> None:
         """Put the forwards back."""
@@ -90,6 +91,7 @@ class RawParameters(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._passed.clear()
 
     @contextlib.contextmanager
     def _followed(self) -> Iterator[None]:
@@ -140,12 +142,16 @@ class RawParameters(TorchFunctionMode):
 
     def _set_aside(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return a sharded module's inputs with stand-ins for derived tensors.
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Return a sharded module's inputs with stand-ins for derived tensors; `None` if it has none.
 
         FSDP2 hands the forward others in the place of inputs that take a gradient, to see when their backward is over.
         """
-        self._passed[module] = [t if self.is_derived(t) else None for t in tensors_in((args, kwargs))]
+        self._passed.pop(module, None)
+        found = [t if self.is_derived(t) else None for t in tensors_in((args, kwargs))]
+        if not any(t is not None for t in found):
+            return None
+        self._passed[module] = found
 
         def stand_in(tensor: Tensor) -> Tensor:
             return tensor.detach() if self.is_derived(tensor) else tensor
@@ -156,7 +162,9 @@ class RawParameters(TorchFunctionMode):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a sharded module's inputs with the derived tensors it was called with, in the dtype they have now."""
-        pending = iter(self._passed.pop(module, ()))
+        if module not in self._passed:
+            return args, kwargs
+        pending = iter(self._passed.pop(module))
 
         def choose(tensor: Tensor) -> Tensor:
             derived = next(pending, None)

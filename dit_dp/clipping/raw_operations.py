@@ -5,6 +5,7 @@ operation and its arguments, of which at least one is derived from raw parameter
 the derived ones once for each example and runs the operation, or an equal one, on the copies.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -67,15 +68,22 @@ def combine(raw: "RawParameters", func: Operation, args: tuple[Any, ...], kwargs
 
 
 def map_nested(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return nested arguments with a function applied to their tensors."""
+    """Return nested arguments with a function applied to their tensors; what holds none that changes stays itself."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, (tuple, list)):
-        mapped = [map_nested(item, function) for item in value]
-        return mapped if isinstance(value, list) else tuple(mapped)
+    if not isinstance(value, (tuple, list, dict)):
+        return value
+    members = list(value.values()) if isinstance(value, dict) else list(value)
+    changed = [map_nested(member, function) for member in members]
+    if all(new is old for new, old in zip(changed, members, strict=True)):
+        return value
     if isinstance(value, dict):
-        return {key: map_nested(item, function) for key, item in value.items()}
-    return value
+        other = copy.copy(value)
+        other.update(zip(value, changed, strict=True))
+        return other
+    if isinstance(value, list):
+        return changed
+    return type(value)(*changed) if hasattr(value, "_fields") else tuple(changed)
 
 
 def _with_copies(

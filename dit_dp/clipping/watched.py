@@ -21,6 +21,7 @@ from dit_dp.clipping.compiled import compiling, outside_graphs, uncompiled, walk
 from dit_dp.clipping.contributions import Contribution
 from dit_dp.clipping.coverage import covered, layers_to_watch, refusal
 from dit_dp.clipping.engine import Engine, LayerRule
+from dit_dp.clipping.gathered import reshard
 from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.lives import Trial
 from dit_dp.clipping.precision import autocast_dtype, full_float32
@@ -133,6 +134,7 @@ class WatchedEngine(Engine):
         if self.ranks.in_step and self._rows_of_a_unit == 0:
             self._rows_of_a_unit = max(self.ranks.gather(units.rows_of_first))
             if self._rows_of_a_unit == 0:  # no rank has a unit yet, so none waits for another
+                reshard(self.model)  # no backward will
                 return self._accumulate_nothing()
         if units.num_units == 0:
             return self._take_part(loss_fn, batch, units)
@@ -176,7 +178,7 @@ class WatchedEngine(Engine):
     def _try(self, loss_fn: LossFn, batch: Batch, units: Units) -> None:
         """Refuse a model whose units do not keep apart, once there are two."""
         if self.ranks.in_step:
-            batch, units = with_zero_units(batch, units, 2, self._rows_of_a_unit)
+            batch, units = with_zero_units(batch, units, 2, units.rows_of_first or self._rows_of_a_unit)
         if units.num_units > 1 and hardware().has_data:
             self._run_trial(loss_fn, batch, units, 2, alone=True)
             with uncompiled():

@@ -27,13 +27,15 @@ def validation_loss(trainer: Trainer) -> float:
     model.eval()
     total, count = 0.0, min(EXAMPLES, len(data))
     size = min(count, trainer.config.physical_batch_size or 64)
+    bf16 = torch.autocast(device.type, dtype=torch.bfloat16, enabled=trainer.config.dtype == "bf16")
     try:
-        for part in torch.split(torch.arange(count), size):
-            x, labels = data.take(part)
-            labels = None if labels is None else labels.to(device)
-            batch = trainer.objective.draw(x.to(device), labels, generator)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=trainer.config.dtype == "bf16"):
-                total += float(trainer.objective(model, batch).sum())
+        with root_gathered(model):
+            for part in torch.split(torch.arange(count), size):
+                x, labels = data.take(part)
+                labels = None if labels is None else labels.to(device)
+                batch = trainer.objective.draw(x.to(device), labels, generator)
+                with bf16:
+                    total += float(trainer.objective(model, batch).sum())
     finally:
         model.train(was_training)
     return total / count

@@ -272,7 +272,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[misc]
     def apply(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Return what a function returns; for arguments of shapes that were seen, write its stretch again."""
         key = (function.__code__, self._scope > 0, *map(_described, args))
-        known = self._stretches.get(key)
+        try:
+            known = self._stretches.get(key)
+        except TypeError:  # an argument that cannot be compared
+            return function(*args)
         if known is not None and (known.result is None or not torch.is_grad_enabled()):
             return self._write_again(known)
         begin = (len(self.trace.storages), len(self.trace.events), len(self.trace.operations))

@@ -1,7 +1,7 @@
 """Two ranks whose parameters FSDP2 holds in shards are one rank with everybody's units."""
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -373,15 +373,24 @@ class Bias(nn.Module):
         return self.bias.sin()
 
 
+class Given(NamedTuple):
+    """What blocks share."""
+
+    positions: Tensor
+    scale: Tensor
+
+
 class Block(nn.Module):
-    """Adds what it is given."""
+    """Adds what it is given, and tells that it ran."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(6, 6)
 
-    def forward(self, x: Tensor, *, given: dict[str, Tensor]) -> Tensor:
-        return x + torch.tanh(self.layer(x + given["positions"]) * given["scale"])
+    def forward(self, x: Tensor, ran: list[Any], *, given: dict[str, Given]) -> Tensor:
+        ran.append(self)
+        shared = given["shared"]
+        return x + torch.tanh(self.layer(x + shared.positions) * shared.scale)
 
 
 class Passed(nn.Module):
@@ -392,37 +401,73 @@ class Passed(nn.Module):
         self.positions, self.scale = nn.Parameter(0.5 * torch.randn(5, 6)), nn.Parameter(torch.randn(6))
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.tail, self.out, self.bias_by = Bias(), nn.Linear(6, 3), bias_by
+        self.layer, self.raises = nn.Linear(6, 6), False
 
     def forward(self, x: Tensor) -> Tensor:
+        ran: list[Any] = []
         for block in self.blocks:
-            x = block(x, given={"positions": self.positions, "scale": self.scale.sin()})
-        return self.out(x + (self.tail(x) if self.bias_by == "module" else self.tail.bias)).mean(1)
+            x = block(x, ran, given={"shared": Given(self.positions, self.scale.sin())})
+        assert len(ran) == len(self.blocks)
+        if self.raises:
+            raise ValueError
+        if self.bias_by == "layer":
+            x = x + self.layer(self.scale.sin().expand(len(x), -1))[:, None]
+        return self.out(x + (self.tail.bias if self.bias_by == "name" else self.tail(x))).mean(1)
 
 
 def sharded_by_hand(model: Passed) -> nn.Module:
-    for module in (*model.blocks, model.tail, model):
+    for module in (*model.blocks, model.tail, model.layer, model):
         fully_shard(module)
     return model
 
 
-def passed_error(method: str) -> tuple[float, str]:
-    """Return the error of the sum; and what is said of a parameter that is read where it is not gathered."""
+def passed_case() -> Case:
     case = make_case("tokens")
     torch.manual_seed(0)
-    case = Case(Passed(), case.batch, case.loss_fn)
+    return Case(Passed(), case.batch, case.loss_fn)
+
+
+def passed_error(method: str) -> tuple[float, str, str]:
+    """Return the error; and what is said of a parameter read where it is not gathered, or by a sharded layer."""
+    case = passed_case()
     wanted, threshold = oracle(case, method)
     own: Any = mine(case.batch)
     error = error_after_step(attach(sharded_by_hand(case.model), method, threshold), case, wanted, [own])
     astray = attach(sharded_by_hand(Passed(bias_by="name")), method)
-    return error, message_of(lambda: astray.accumulate(case.loss_fn, own))
+    layered = attach(sharded_by_hand(Passed(bias_by="layer")), method)
+    return (
+        error,
+        message_of(lambda: astray.accumulate(case.loss_fn, own)),
+        message_of(lambda: layered.accumulate(case.loss_fn, own)),
+    )
 
 
 @pytest.mark.parametrize("method", [BK, "ghost"])
 def test_raw_parameters_handed_to_a_sharded_module(on_ranks: Pool, method: str) -> None:
-    for error, said in on_ranks(passed_error, method):
+    for error, astray, layered in on_ranks(passed_error, method):
         assert error < 1e-5
-        assert "parameter tail.bias is read while FSDP2 has not gathered it" in said
-        assert "\n" not in said
+        assert "parameter tail.bias is read while FSDP2 has not gathered it" in astray
+        assert "parameter scale is used outside its layer's forward" in layered
+        assert "\n" not in astray + layered
+
+
+def error_after_a_failure() -> float:
+    """Return the error of an engine that is attached after another's forward has raised."""
+    case = passed_case()
+    wanted, threshold = oracle(case, BK)
+    own: Any = mine(case.batch)
+    engine = attach(sharded_by_hand(case.model), BK, threshold)
+    case.model.raises = True  # type: ignore[assignment]
+    with pytest.raises(ValueError):
+        engine.accumulate(case.loss_fn, own)
+    case.model.raises = False  # type: ignore[assignment]
+    engine.detach()
+    return error_after_step(attach(case.model, BK, threshold), case, wanted, [own])
+
+
+@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="older torch cannot be told")
+def test_another_engine_after_a_forward_that_raised(on_ranks: Pool) -> None:
+    assert max(on_ranks(error_after_a_failure)) < 1e-5
 
 
 def scalar_after_attach() -> float:

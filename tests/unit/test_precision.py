@@ -63,6 +63,20 @@ def test_what_was_allowed_for_everything_can_be_taken_back_for_everything() -> N
         torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before[1:]
 
 
+def test_a_choice_of_its_own_stays() -> None:
+    """CUDA's products follow what is said of cuDNN unless something is said of them."""
+    before = (torch.backends.cudnn.fp32_precision, *allowed())
+    try:
+        torch.backends.cudnn.fp32_precision = "tf32"
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = "ieee", "bf16"
+        with full_float32():
+            pass
+        assert allowed() == ("ieee", "bf16")
+    finally:
+        torch.backends.cudnn.fp32_precision = before[0]
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before[1:]
+
+
 def test_it_is_full_meanwhile_and_as_before_after(rounded: tuple[str, str]) -> None:
     assert "tf32" in rounded
     found = []
