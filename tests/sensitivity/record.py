@@ -58,8 +58,12 @@ class Tally:
                     line = f"seed {seed}, {diagnosis.subject}, {check.name}: {check.status}"
                     self.failures.append(f"{line}, {check.measured} where {check.bound} may be: {check.explanation}")
 
+    def plain(self) -> dict[str, Any]:
+        """Return it as JSON takes it, and as workers can hand it on: `dataclasses.asdict` would count pairs."""
+        return {"margins": self.margins, "failures": self.failures, "kinds": dict(self.kinds)}
+
     def merge(self, other: dict[str, Any]) -> None:
-        """Take another tally, as `dataclasses.asdict` gives it."""
+        """Take another tally, as `plain` gives it."""
         for subject, found in other["margins"].items():
             margins = self.margins.setdefault(subject, {})
             for check, margin in found.items():

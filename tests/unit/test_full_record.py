@@ -1,12 +1,14 @@
 """The record of a full run: what is added up, and that the committed one has every stated count."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
 
 from tests.full_record import COUNTS, SCHEMA_VERSION, FullRecord
+from tests.sensitivity.record import Tally
 
 COMMITTED = {
     "points of the accountants' grid": 200,
@@ -88,6 +90,15 @@ def test_a_run_goes_on_with_what_did_not_pass(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "tests" / "record.json").read_text())
     assert written["tests"] == {"passed": 2}
     assert (written["counts"]["kills"]["passed"], written["counts"]["kills"]["failed"]) == (12, 0)
+
+
+def test_a_tally_is_what_a_worker_can_hand_on() -> None:
+    found = Tally({"ghost": {"noise": 0.25}}, ["seed 3"], Counter({"attention": 2}))
+    said = found.plain()
+    assert type(said["kinds"]) is dict
+    other = Tally()
+    other.merge(json.loads(json.dumps(said)))
+    assert other == found
 
 
 def test_random_cases_of_workers_are_put_together(tmp_path: Path) -> None:
