@@ -165,12 +165,12 @@ class AutoEngine(LeanEngine):
         super().zero_grad()
 
     def _rule_for(self, parameter: nn.Parameter, outers: list[Outer]) -> BookRule:
-        if self._plan is None:
-            return super()._rule_for(parameter, outers)
         name = self._names[parameter]
+        if self._plan is None or name not in self._plan.norms:  # one position a unit in the trials, maybe more here
+            return super()._rule_for(parameter, outers)
         if name in self._plan.keep and all(self._booked[parameter]):
             return "keep"
-        return self._plan.norms.get(name, "outer product")
+        return self._plan.norms[name]
 
     def choices(self) -> dict[str, Any]:
         """Return the plan: rules, physical batch, blocks, predicted peak and budget."""

@@ -74,6 +74,28 @@ def test_units_of_several_rows(method: str, map_name: str) -> None:
     torch.testing.assert_close(got.double(), norms, rtol=1e-5, atol=0)
 
 
+def rows_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the summed loss of each unit's rows."""
+    assert isinstance(batch, dict)
+    ids = batch["row_to_unit"]
+    losses = (model(batch["x"]) - batch["target"]).square().sum(1)
+    return losses.new_zeros(int(ids.max()) + 1).index_add(0, ids, losses)
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_units_that_have_more_rows_than_those_a_trial_takes(method: str) -> None:
+    """A linear sees one position in the first two units, three in the last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    rows = torch.tensor([0, 1, 2, 2, 3, 3, 3])
+    batch = {"x": torch.randn(7, 6), "target": torch.randn(7, 3), "row_to_unit": rows}
+    engine = attach(model, method, max_grad_norm=1.0)
+    norms = engine.accumulate(rows_loss, batch, rows)
+    engine.detach()
+    assert norms is not None
+    torch.testing.assert_close(norms.double(), clipped_sum(model, rows_loss, batch, 1.0, rows)[1], rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("method", OURS)
 def test_removing_a_unit_moves_the_sum_by_at_most_c(method: str) -> None:
     model, batch = sets("mixed")
