@@ -17,7 +17,7 @@ from memory_test.report.systems import naive_attention_bytes, systems_page
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-KINDS = "table|comparison|emulator|workloads|attention|pixels|norms|counts|mnist"
+KINDS = "table|comparison|emulator|workloads|attention|pixels|norms|counts|off|mnist"
 MARKED = re.compile(rf"<!-- ({KINDS}): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -137,6 +137,8 @@ def emulated(record: dict[str, Any]) -> str:
     summary, edges = record["summary"], record["summary"]["edges"]
     allocated, reserved = summary["peak_allocated_bytes"], summary["peak_reserved_bytes"]
     apart = max(abs(edges["lowest_difference"]), abs(edges["highest_difference"]))
+    older = summary["carried_results"]
+    carried = f", and which {older} of {2 * summary['count']} results are of an earlier commit" if older else ""
     lines = [
         f"against torch's CUDA build ({record['emulated_packages']['torch']}) and its real caching allocator on an "
         "**emulated** CUDA runtime,",
@@ -145,8 +147,7 @@ def emulated(record: dict[str, Any]) -> str:
         f"{reserved['median_relative_error']:.3%} and {reserved['worst_relative_error']:.3%}; the largest batch that "
         f"fits a card differs by at most {apart} in {edges['count']} cases",
         "([record](results/prediction/emulator.json), [figure](results/prediction/emulator.png), "
-        f"`make emulator-check`; the record says what it does not cover, and which {summary['carried_results']} of "
-        f"{2 * summary['count']} results are of an earlier commit).",
+        f"`make emulator-check`; the record says what it does not cover{carried}).",
     ]
     return "\n".join(lines) + "\n"
 
@@ -158,7 +159,25 @@ def counts_line(record: dict[str, Any]) -> str:
     return f"Checked by `make test-full` ([record](results/tests/record.json), commit {commit}): {counts}.\n"
 
 
-PAGES = {"norms": norms_page, "mnist": mnist_table, "counts": counts_line}
+def off_line(record: dict[str, Any]) -> str:
+    """Return how far predictions are off on the CPU."""
+    peak, first, rank = (
+        record["off"][f"predicted {what} on the CPU"]
+        for what in (
+            "peak_allocated_bytes, one process",
+            "first_step_peak_allocated_bytes, one process",
+            "peak_allocated_bytes, rank 0 of two",
+        )
+    )
+    return (
+        f"Against the **CPU** allocator's true peak, in {peak['cases']} configurations, every method on every workload "
+        f"that takes it among them: off by {peak['median']:.3%} (median), {peak['worst']:.2%} (worst), a first step's "
+        f"by {first['worst']:.2%} at most; rank 0 of two processes, in {rank['cases']}, by {rank['worst']:.2%} at most "
+        f"([record](results/tests/record.json), `make test-full`).\n"
+    )
+
+
+PAGES = {"norms": norms_page, "mnist": mnist_table, "counts": counts_line, "off": off_line}
 """Kinds whose folder holds one ``record.json``."""
 
 
