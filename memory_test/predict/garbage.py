@@ -8,7 +8,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-MANY_OBJECTS = 200_000
+MANY_OBJECTS = 5_000_000
 """Made between two looks."""
 
 
