@@ -8,10 +8,10 @@ at full shape, one parameter at a time, and reduce-scattered here by summing.
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from dit_dp.clipping.gathered import reshard
+from dit_dp.clipping.gathered import reshard, sharded_modules
 from dit_dp.clipping.ranks import Replicas
 from dit_dp.errors import UnsupportedModelError
 
@@ -79,7 +79,7 @@ def find_shards(model: nn.Module) -> Shards | None:
     parameters = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
     if not parameters:
         return None
-    managed = {p for module in model.modules() if isinstance(module, FSDPModule) for p in module.parameters()}
+    managed = {p for module in sharded_modules(model) for p in module.parameters()}
     mesh = next(iter(parameters.values())).device_mesh
     for name, parameter in parameters.items():
         kinds = [type(placement) for placement in parameter.placements]

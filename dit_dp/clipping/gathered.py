@@ -1,7 +1,8 @@
 """FSDP2's full parameters, in and out of the place of the shards they are gathered from; nothing for other models.
 
 FSDP2 is never imported here: who has sharded a model has, and imported only after a process group was made,
-`torch.distributed.nn` would hold that group by default arguments beyond `destroy_process_group`.
+`torch.distributed.nn` would hold that group by default arguments beyond `destroy_process_group`, and gloo's threads may
+then abort the process.
 """
 
 import contextlib
@@ -38,9 +39,14 @@ def root_gathered(model: nn.Module) -> Iterator[None]:
         reshard(model)
 
 
+def fsdp_is_loaded() -> bool:
+    """Return whether anybody can have sharded a model."""
+    return "torch.distributed.fsdp" in sys.modules
+
+
 def sharded_modules(model: nn.Module) -> list[Any]:
     """Return the modules that were given to `fully_shard`, the root first."""
-    if "torch.distributed.fsdp" not in sys.modules:
+    if not fsdp_is_loaded():
         return []
     from torch.distributed.fsdp import FSDPModule
 

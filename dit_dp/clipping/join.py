@@ -1,11 +1,10 @@
 """Find out over which ranks a model is trained: one process, replicas of it (plain or DDP), or FSDP2's shards."""
 
-import sys
-
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dit_dp.clipping.gathered import fsdp_is_loaded
 from dit_dp.clipping.ranks import Ranks, Replicas
 from dit_dp.clipping.registry import METHODS
 from dit_dp.errors import UnsupportedModelError, UsageError
@@ -92,12 +91,8 @@ def _ranks_of(model: nn.Module, group: dist.ProcessGroup | None) -> Ranks:
 
 
 def _shards(model: nn.Module) -> Replicas | None:
-    """Return the ranks of a model that FSDP has sharded.
-
-    Whoever has one has imported FSDP. Imported only now, after the group was made, `torch.distributed.nn` would hold
-    the group by default arguments beyond `destroy_process_group`, and gloo's threads may then abort the process.
-    """
-    if "torch.distributed.fsdp" not in sys.modules:
+    """Return the ranks of a model that FSDP has sharded; FSDP is not imported for that."""
+    if not fsdp_is_loaded():
         return None
     from dit_dp.clipping.fsdp import find_shards
 

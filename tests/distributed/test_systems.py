@@ -5,11 +5,12 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dit_dp.clipping import attach
-from dit_dp.clipping.batch import num_rows
+from dit_dp.clipping.batch import Batch, num_rows
 from dit_dp.clipping.units import Units
 from dit_dp.training import PhaseRunner, Schedule, train_step
 from dit_dp.training.shards import shard
@@ -23,6 +24,11 @@ FIRST = 3
 """Units of rank 0; the last one is rank 1's."""
 
 
+def own_units(units: Units, batch: dict[str, Tensor]) -> tuple[Batch, Units]:
+    """Return this rank's rows and units."""
+    return units.take(batch, *((0, FIRST) if dist.get_rank() == 0 else (FIRST, units.num_units)))
+
+
 def sum_error(name: str, method: str) -> float:
     """Return the error of the sum over both ranks' units."""
     objective, batch, row_to_unit = draw(name)
@@ -30,8 +36,7 @@ def sum_error(name: str, method: str) -> float:
     case = Case(model, batch, objective)
     wanted, threshold = oracle(case, method, row_to_unit)
     units = Units.of(num_rows(batch), row_to_unit)
-    borders = (0, FIRST) if dist.get_rank() == 0 else (FIRST, units.num_units)
-    part, own = units.take(batch, *borders)
+    part, own = own_units(units, batch)
     engine = attach(shard(model, init_device_mesh("cpu", (2,))), method, threshold)
     return error_after_step(engine, case, wanted, [part], row_to_unit=own.row_to_unit)
 
@@ -85,7 +90,7 @@ def trained(name: str, train: str, how: str) -> tuple[list[list[str]], list[floa
     )
     objective, batch, row_to_unit = draw(name)
     units = Units.of(num_rows(batch), row_to_unit)
-    part, own = units.take(batch, *((0, FIRST) if dist.get_rank() == 0 else (FIRST, units.num_units)))
+    part, own = own_units(units, batch)
     generator = torch.Generator().manual_seed(3)
     moved = []
     for step in (1, 2, 3, 4):
