@@ -37,44 +37,42 @@ def for_everything() -> None:
 WAYS = (by_older_name, for_cuda_by_older_name, by_newer_name, for_everything)
 
 
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    """Put back what was allowed."""
+    backends: Any = torch.backends
+    places = (backends, backends.cudnn, backends.cuda.matmul, backends.mkldnn.matmul)
+    before = [place.fp32_precision for place in places]
+    yield
+    for place, precision in zip(places, before, strict=True):
+        place.fp32_precision = precision
+
+
 @pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
 def rounded(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    """Allow TF32 in one of the ways that torch has; take it back."""
-    before = (torch.backends.fp32_precision, *allowed())
+    """Allow TF32 in one of the ways that torch has."""
     allow: Callable[[], None] = request.param
     allow()
     yield allowed()
     if allow in (by_older_name, for_cuda_by_older_name):
         torch.set_float32_matmul_precision("highest")
-    torch.backends.fp32_precision = before[0]
-    torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before[1:]
 
 
 def test_what_was_allowed_for_everything_can_be_taken_back_for_everything() -> None:
-    before = (torch.backends.fp32_precision, *allowed())
     for_everything()
-    try:
-        with full_float32():
-            assert "tf32" not in allowed()
-        torch.backends.fp32_precision = "ieee"
+    with full_float32():
         assert "tf32" not in allowed()
-    finally:
-        torch.backends.fp32_precision = before[0]
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before[1:]
+    torch.backends.fp32_precision = "ieee"
+    assert "tf32" not in allowed()
 
 
 def test_a_choice_of_its_own_stays() -> None:
     """CUDA's products follow what is said of cuDNN unless something is said of them."""
-    before = (torch.backends.cudnn.fp32_precision, *allowed())
-    try:
-        torch.backends.cudnn.fp32_precision = "tf32"
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = "ieee", "bf16"
-        with full_float32():
-            pass
-        assert allowed() == ("ieee", "bf16")
-    finally:
-        torch.backends.cudnn.fp32_precision = before[0]
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before[1:]
+    torch.backends.cudnn.fp32_precision = "tf32"
+    torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = "ieee", "bf16"
+    with full_float32():
+        pass
+    assert allowed() == ("ieee", "bf16")
 
 
 def test_it_is_full_meanwhile_and_as_before_after(rounded: tuple[str, str]) -> None:
