@@ -30,10 +30,13 @@ class CampaignArgs:
     """What to do with results of another environment, such as another commit."""
     retry_failed: bool = False
     """Measure again what ended in error, timeout or crash."""
+    lanes: int = 1
+    """How many small memory passes of prediction and edges may share the card: their peaks are the processes' own."""
     list_parts: Annotated[bool, tyro.conf.arg(name="list")] = False
     """List the parts, their expected minutes and what they need; measure nothing."""
 
     def __post_init__(self) -> None:
         validate.real("minutes", self.minutes, positive=True)
+        validate.integer("lanes", self.lanes, minimum=1)
         validate.one_of("card", self.card, CARDS)
         validate.one_of("on_mismatch", self.on_mismatch, ("refuse", "rerun"))

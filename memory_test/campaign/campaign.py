@@ -32,6 +32,7 @@ class Site:
         environment: Of the GPU; `None` where there is none.
         on_mismatch: What to do with results of another environment.
         retry_failed: Whether what ended otherwise than ok or out of memory is measured again.
+        lanes: How many small memory passes may share the card.
         say: Told what goes on.
     """
 
@@ -40,6 +41,7 @@ class Site:
     environment: Environment | None
     on_mismatch: OnMismatch = "refuse"
     retry_failed: bool = False
+    lanes: int = 1
     say: Callable[[str], None] = note
 
     def folder(self, part: str) -> Path:
@@ -105,6 +107,7 @@ def run_campaign(args: CampaignArgs) -> int:
         environment=environment,
         on_mismatch=cast(OnMismatch, args.on_mismatch),
         retry_failed=args.retry_failed,
+        lanes=args.lanes,
     )
     return run_parts(parts, site, budget)
 

@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from memory_test.core.config import ExperimentConfig
 from memory_test.core.measure import Measured
 from memory_test.core.schema import Environment, Repeat
 from memory_test.core.store import read, write_measured
-from memory_test.core.units import format_bytes
+from memory_test.core.units import GIB, format_bytes
 from memory_test.predict.emulator.cases import CASES, Case, allocator_options
 from memory_test.predict.emulator.record import numbers
 from memory_test.sweep.process import Outcome as WorkerOutcome
@@ -35,6 +36,9 @@ FINE = ("ok", "oom")
 """How a case may end."""
 
 USE = ("process_bytes", "device_used_bytes", "context_bytes", "memory_source")
+
+LARGE_MODELS, LARGE_CAP = ("DiT-L/2", "DiT-XL/2"), 16 * GIB
+"""A trial of one of these models takes half the card at most; one with a larger cap may take all of it."""
 
 Result = dict[str, Any]
 
@@ -69,6 +73,12 @@ class Trial:
         """The cell."""
         return ExperimentConfig(**{**self.case.changes, "device": self.device})
 
+    def lanes(self, available: int) -> int:
+        """Return how many of the lanes that there are it takes, so that those beside it do not move its peaks."""
+        if self.usable_bytes is not None and self.usable_bytes > LARGE_CAP:
+            return available
+        return -(-available // 2) if self.case.changes["model"] in LARGE_MODELS else 1
+
     def memory_fraction(self, total_bytes: int) -> float | None:
         """Return the share of a card's memory that the allocator may reserve."""
         if self.usable_bytes is not None:
@@ -84,21 +94,47 @@ def run_cases(part: Part, site: Site, pace: Pace) -> Outcome:
 def run_trials(trials: Sequence[Trial], part: Part, site: Site, pace: Pace) -> Outcome:
     """Measure what has no result yet, as far as there is time."""
     assert site.environment is not None
-    folder, done, failed = site.folder(part.name), 0, 0
+    folder, pending, done, failed = site.folder(part.name), [], 0, 0
     for trial in trials:
-        path = folder / trial.file_name
-        earlier = kept(path, site.environment, site.on_mismatch)
-        if earlier is not None and not (site.retry_failed and earlier["status"] not in FINE):
+        earlier = kept(folder / trial.file_name, site.environment, site.on_mismatch)
+        if earlier is None or (site.retry_failed and earlier["status"] not in FINE):
+            pending.append(trial)
+        else:
             done, failed = done + 1, failed + (earlier["status"] not in FINE)
-            continue
+    for group in side_by_side(pending, site.lanes):
         seconds = pace.begin()
-        result = None if seconds is None else measure(trial, site.environment, seconds)
-        if result is None:
+        if seconds is None:
             break
-        write_measured(json.dumps(result, indent=1) + "\n", path)
-        done, failed = done + 1, failed + (result["status"] not in FINE)
-        site.say(f"{part.name}: {trial.name}: {_short(result)}")
+        for trial, result in zip(group, _measure_all(group, site.environment, seconds), strict=True):
+            if result is not None:
+                write_measured(json.dumps(result, indent=1) + "\n", folder / trial.file_name)
+                done, failed = done + 1, failed + (result["status"] not in FINE)
+                site.say(f"{part.name}: {trial.name}: {_short(result)}")
     return Outcome(done=done, left=len(trials) - done, failed=failed)
+
+
+def side_by_side(trials: Sequence[Trial], lanes: int) -> Iterator[list[Trial]]:
+    """Yield the trials in order, in groups that share the card: the allocator's peaks are each process's own."""
+    group: list[Trial] = []
+    for trial in trials:
+        if group and sum(other.lanes(lanes) for other in group) + trial.lanes(lanes) > lanes:
+            yield group
+            group = []
+        group.append(trial)
+    if group:
+        yield group
+
+
+def _measure_all(group: Sequence[Trial], environment: Environment, seconds: float) -> list[Result | None]:
+    """Measure trials at once; what the whole card holds is nobody's then, and is left out."""
+    if len(group) == 1:
+        return [measure(group[0], environment, seconds)]
+    with ThreadPoolExecutor(len(group)) as pool:
+        found = list(pool.map(lambda trial: measure(trial, environment, seconds), group))
+    for result in found:
+        if result is not None:
+            result["use"] = {name: value for name, value in result["use"].items() if name != "device_used_bytes"}
+    return found
 
 
 def _short(result: Result) -> str:

@@ -304,6 +304,28 @@ def test_measured_configurations_are_kept_and_failed_ones_tried_again_if_asked(
     assert seen == [*trials, trials[3], trials[1]]
 
 
+def test_small_memory_passes_share_the_card_and_large_ones_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def case(model: str, batch: int) -> Any:
+        changes = {"model": model, "experiment": "vanilla", "batch_size": batch}
+        return next(c for c in CASES if c.changes == changes)
+
+    small, large = cases.Trial(case("DiT-S/2", 1)), cases.Trial(case("DiT-XL/2", 1))
+    whole = dataclasses.replace(small, usable_bytes=72 * 2**30)
+    groups = cases.side_by_side([small, small, large, large, large, whole, small], 4)
+    assert list(groups) == [[small, small, large], [large, large], [whole], [small]]
+    assert list(cases.side_by_side([small, large, whole], 1)) == [[small], [large], [whole]]
+
+    use = {"process_bytes": 1, "device_used_bytes": 2}
+    monkeypatch.setattr(cases, "measure", lambda trial, environment, seconds: a_result(trial, use=dict(use)))
+    site = dataclasses.replace(a_site(tmp_path), lanes=2)
+    part, trials = a_part(name="prediction"), [small, cases.Trial(case("DiT-S/2", 128)), large]
+    assert cases.run_trials(trials, part, site, a_pace()) == Outcome(done=3, left=0)
+    used = [cases.load(tmp_path / "prediction" / trial.file_name)["use"] for trial in trials]
+    assert used == [{"process_bytes": 1}, {"process_bytes": 1}, use]
+
+
 def test_results_of_another_commit_are_refused_or_measured_again(tmp_path: Path) -> None:
     trial, path = cases.Trial(CASES[0]), tmp_path / "r.json"
     store.write_text(path, json.dumps(a_result(trial)))
