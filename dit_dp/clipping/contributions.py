@@ -47,6 +47,16 @@ def float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
+def sum_float32(tensor: Tensor, dim: int) -> Tensor:
+    """Return the sum over a dimension, accumulated and returned in float32 or better.
+
+    On CUDA half-precision numbers are converted as they are read; a CPU's reduction would copy them, and slower.
+    """
+    if tensor.dtype in HALF and hardware().is_cuda(tensor):
+        return tensor.sum(dim, dtype=torch.float32)
+    return float32(tensor).sum(dim)
+
+
 def bmm_float32(a: Tensor, b: Tensor) -> Tensor:
     """Return the batched product of two stacks of matrices, accumulated and returned in float32 or better.
 

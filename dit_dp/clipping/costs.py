@@ -20,7 +20,10 @@ REPEATS = 5
 """Timed runs of each rule, in turns, of which the fastest counts: what else a machine does only adds."""
 
 MOST_UNITS = 4
-"""Units measured at once; more cost in proportion."""
+"""Units that a CPU measures at once; more cost in proportion."""
+
+CUDA_BYTES = 2**30
+"""A GPU measures as many at once as have per-unit gradients of so many bytes: fewer than fill it would tell nothing."""
 
 
 def measured(device: torch.device, dtype: torch.dtype) -> Callable[[str, int, WeightCall], float]:
@@ -32,7 +35,8 @@ def measured(device: torch.device, dtype: torch.dtype) -> Callable[[str, int, We
     """
 
     def cost(rule: str, batch: int, call: WeightCall) -> float:
-        units = min(batch, MOST_UNITS)
+        most = MOST_UNITS if device.type != "cuda" else max(1, CUDA_BYTES // (4 * call.width * call.out_width))
+        units = min(batch, most)
         kind = torch.bfloat16 if call.element_size == 2 else dtype
         seconds = _seconds(units, call.positions, call.width, call.out_width, kind, device)
         return seconds[rule] * batch / units

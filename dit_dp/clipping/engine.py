@@ -12,7 +12,7 @@ from dit_dp import validate
 from dit_dp.clipping.batch import Batch, LossFn, check_losses, num_rows, trainable_parameters
 from dit_dp.clipping.contributions import HALF
 from dit_dp.clipping.noise import entropy_size, generator_of
-from dit_dp.clipping.ranks import Ranks
+from dit_dp.clipping.ranks import Ranks, local
 from dit_dp.clipping.unchanged import HeldGradients, require_attached
 from dit_dp.clipping.units import Units
 from dit_dp.errors import EngineStateError, UsageError
@@ -277,7 +277,7 @@ class Engine(ABC):
     def _privatize(
         self, noise_multiplier: float, expected_batch_size: float, generator: torch.Generator | None
     ) -> None:
-        """Noise and normalise `.grad`, one parameter at a time."""
+        """Noise and normalise `.grad`, one parameter at a time: noise of the mean, so that one pass does both."""
         std = noise_multiplier * self.max_grad_norm
         source = generator or self._own_generator()
         self.ranks.require_same(source, noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size)
@@ -285,8 +285,10 @@ class Engine(ABC):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if std > 0:
-                parameter.grad.add_(self.ranks.noise(parameter, std, source))
-            if expected_batch_size != 1:
+                noise = local(self.ranks.noise(parameter, std / expected_batch_size, source))
+                total = local(parameter.grad)
+                torch.add(noise, total, alpha=1 / expected_batch_size, out=total)
+            elif expected_batch_size != 1:
                 parameter.grad.div_(expected_batch_size)
 
     # --- private --------------------------------------------------------------------------------------------

@@ -33,8 +33,7 @@ class _TileByTile(WatchedEngine):
 
     def _tiled_norms(self, parameter: nn.Parameter, whole: Outer) -> Tensor:
         """Return the squared norms of a weight seen as a matrix, (U,), and note how they were taken."""
-        _, positions, width = whole.a.shape
-        rule = tiled.norm_rule(positions, width, whole.g.shape[2])
+        rule = tiled.norm_rule_of(whole.a, whole.g)
         self._rules_used[self._names[parameter]] = rule
         if rule != "outer product":
             self._norm_kernels.add("triton" if runs_kernels(whole.a) else "torch")

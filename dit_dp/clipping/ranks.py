@@ -22,6 +22,12 @@ from dit_dp.clipping.noise import state_of
 from dit_dp.errors import EngineStateError, UsageError
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that is spread over ranks (a `DTensor`); any other as it is."""
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
+
+
 class Ranks:
     """One process, which has nothing to exchange; its subclasses are the cases of several.
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_dp.clipping.contributions import Contribution, Direct, Outer, Rows, float32
+from dit_dp.clipping.contributions import Contribution, Direct, Outer, Rows, float32, sum_float32
 
 
 class Rule(ABC):
@@ -61,7 +61,7 @@ class LinearRule(Rule):
         trains_bias = module.bias is not None and module.bias.requires_grad
         return (
             Outer(a, g) if module.weight.requires_grad else None,
-            Direct(float32(g).sum(1)) if trains_bias else None,
+            Direct(sum_float32(g, 1)) if trains_bias else None,
         )
 
 
@@ -153,7 +153,7 @@ class Conv2dRule(Rule):
                 per_group = torch.einsum("ngpl,ngdl->ngpd", float32(flat).reshape(split), float32(a).reshape(split))
                 weight = Direct(per_group.reshape(x.shape[0], *module.weight.shape))
         trains_bias = module.bias is not None and module.bias.requires_grad
-        return weight, Direct(float32(flat).sum(2)) if trains_bias else None
+        return weight, Direct(sum_float32(flat, 2)) if trains_bias else None
 
 
 class EmbeddingRule(Rule):

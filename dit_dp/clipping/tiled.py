@@ -16,22 +16,31 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dit_dp.clipping.contributions import Outer, OuterRule, float32, not_below
+from dit_dp.clipping.contributions import CANCELLED, GRAM_ROUNDING, Outer, OuterRule, float32, not_below
 from dit_dp.clipping.hardware import hardware
-from dit_dp.clipping.launch import norm_partials, runs_kernels
+from dit_dp.clipping.launch import finished_norms, kernel_tile, norm_partials, runs_kernels
 
 SCRATCH = 2**17
 """Numbers of scratch: 512 KiB in float32, half of a usual second-level cache."""
+
+LOST_SHARE = GRAM_ROUNDING * torch.finfo(torch.float32).eps
+"""Share of the terms' absolute values that rounding can have taken from a Gram sum in float32."""
 
 SPAN = 1024
 """Longest side of a tile: long enough for matrix products at full speed beside 64 of the other side."""
 
 
-def norm_rule(positions: int, width: int, out_width: int) -> OuterRule:
-    """Return the rule that needs fewer operations: T^2 (d + p) / 2 against T d p multiply-adds."""
+def norm_rule(positions: int, width: int, out_width: int, tile: int = 0) -> OuterRule:
+    """Return the rule that needs fewer operations: T (T + tile) (d + p) / 2 against T d p multiply-adds."""
     if positions == 1:
         return "outer product"
-    return "ghost" if positions * (width + out_width) < 2 * width * out_width else "direct"
+    return "ghost" if (positions + tile) * (width + out_width) < 2 * width * out_width else "direct"
+
+
+def norm_rule_of(a: Tensor, g: Tensor) -> OuterRule:
+    """Return the rule for operands: a kernel's tiles are large enough to count, a CPU's are not."""
+    tile = kernel_tile(a.shape[1], a.dtype) if runs_kernels(a) else 0
+    return norm_rule(a.shape[1], a.shape[2], g.shape[2], tile)
 
 
 def squared_norms(a: Tensor, g: Tensor) -> Tensor:
@@ -48,15 +57,13 @@ def squared_norms(a: Tensor, g: Tensor) -> Tensor:
     **Edge cases**: an infinity or NaN in an example makes its norm infinite or NaN, and nobody else's; so does a
     Gram entry beyond float32.
     """
-    rule = norm_rule(a.shape[1], a.shape[2], g.shape[2])
+    rule = norm_rule_of(a, g)
     if rule == "outer product":
         return Outer(a, g).squared_norms(rule)
     if runs_kernels(a):
-        partial: Tensor = norm_partials(a, g, rule == "ghost")
-        squares, *sizes = partial.sum(2, dtype=torch.float64).to(torch.float32).unbind()
-        squares = not_below(squares, *sizes) if sizes else squares
-    else:
-        squares = hardware().apply(gram_squares if rule == "ghost" else direct_squares, a, g)
+        squares: Tensor = finished_norms(norm_partials(a, g, rule == "ghost"), LOST_SHARE, CANCELLED)
+        return squares
+    squares = hardware().apply(gram_squares if rule == "ghost" else direct_squares, a, g)
     return squares.clamp(min=0)  # a Gram sum of a zero gradient can round below zero
 
 

@@ -92,6 +92,15 @@ PARTS: tuple[Part, ...] = (
         file="h100_edge",
     ),
     Part(
+        name="largest",
+        what="DiT-XL/2, bf16, at the largest batches: Opacus's ghost clipping beside ordinary training and auto",
+        kind="sweep",
+        steps=6,
+        step_seconds=28,
+        needs=_OURS_AND_PEERS,
+        file="h100_largest",
+    ),
+    Part(
         name="prediction",
         what="the configurations of the emulator, measured",
         kind="cases",

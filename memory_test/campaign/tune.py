@@ -16,14 +16,21 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from dit_dp.clipping import kernels, launch
+from dit_dp.clipping import kernel_calls, kernels, launch
+from dit_dp.clipping.launch import SumTile
 from memory_test.campaign.processes import KERNELS, record_of
 from memory_test.core.environment import capture
 from memory_test.core.store import check_writable, write_text
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 TILES = {"bf16": (64, 128), "float32": (32, 64)}
-WARPS, DEPTHS, BLOCKS = (4, 8), (2, 3, 4), (32, 64)
+WARPS, DEPTHS, BLOCKS = (4, 8), (2, 3, 4), (32, 64, 128)
+WIDE = 256
+"""Longer side of the widest tile of clipped sums."""
+
+SHARED_BYTES = 225 * 2**10
+"""What a program may fetch ahead into on an H100."""
+
 SMALLEST_COPY, SQUARE = 2**30, 8192
 """Bytes of the copy, side of the product that ceilings are taken from."""
 
@@ -58,20 +65,35 @@ class Candidate:
     block: int
 
 
-def candidates(dtype: str) -> Iterator[Candidate]:
+def candidates(kernel: str, dtype: str) -> Iterator[Candidate]:
     """Yield what is tried."""
-    for values in itertools.product(TILES[dtype], WARPS, DEPTHS, BLOCKS):
+    tiles = (WIDE // 2, WIDE) if kernel == "sum" else TILES[dtype]
+    for values in itertools.product(tiles, WARPS, DEPTHS, BLOCKS):
         yield Candidate(*values)
+
+
+def sum_tile(how: Candidate, shape: Shape) -> SumTile:
+    """Return what a program of clipped sums takes: squares by blocks, or whole examples by 256 of the longer side."""
+    if how.tile < WIDE:
+        return SumTile(how.tile, how.tile, how.block, whole=False)
+    rows, columns = (WIDE, WIDE // 2) if shape.out_width >= shape.width else (WIDE // 2, WIDE)
+    return SumTile(rows, columns, how.block, whole=True)
 
 
 def is_current(candidate: Candidate, kernel: str, shape: Shape, dtype: torch.dtype) -> bool:
     """Return whether the engine compiles the kernel so; of norms it times the depths itself."""
+    if kernel == "sum":
+        tile = sum_tile(candidate, shape)
+        chosen = launch.sum_tile(shape.positions, shape.width, shape.out_width)
+        most = SHARED_BYTES // ((tile.rows + tile.columns) * tile.block * dtype.itemsize)
+        depth = min(kernel_calls.MOST_BLOCKS, most)
+        return (tile, candidate.warps, candidate.depth) == (chosen, kernel_calls.sum_warps(tile), depth)
     side = shape.positions if kernel == "gram" else max(shape.width, shape.out_width)
     inner = max(shape.width, shape.out_width) if kernel == "gram" else shape.positions
-    tile = launch.kernel_tile(side, dtype)
-    depths = (3,) if kernel == "sum" else kernels.PIPELINE_DEPTHS
-    chosen = (tile, kernels.num_warps(tile), kernels.block(inner, dtype))
-    return (candidate.tile, candidate.warps, candidate.block) == chosen and candidate.depth in depths
+    square = launch.kernel_tile(side, dtype)
+    warps = kernel_calls.gram_warps(square) if kernel == "gram" else 4
+    wanted = (square, warps, kernel_calls.block(inner, dtype))
+    return (candidate.tile, candidate.warps, candidate.block) == wanted
 
 
 def flops(kernel: str, shape: Shape) -> int:
@@ -102,22 +124,29 @@ def prepared(
 ) -> tuple[Callable[[], object], Tensor]:
     """Return a launch, and its output, (1 or 2, N, programs) or (S, p, d), full of NaN."""
     n, t, d, p = shape.examples, shape.positions, shape.width, shape.out_width
-    across = -(-p // how.tile) * -(-d // how.tile)
-    fetched = {"TILE": how.tile, "BLOCK": how.block, "UPCAST": kernels.INTERPRETED and a.dtype == torch.bfloat16}
+    compiled: dict[str, Any] = {"BLOCK": how.block, "UPCAST": kernel_calls.upcast(a)}
     if kernel == "sum":
-        splits = min(n, -(-launch.PROGRAMS // across))
+        tile, splits = sum_tile(how, shape), launch.num_splits(a, g)
         out = torch.full((splits, p, d), float("nan"), device=a.device)
         sizes = (n, -(-n // splits), t, d, p)
-        options = {"ADD": False, **fetched, "num_warps": how.warps, "num_stages": how.depth}
-        inputs = (a, *a.stride(), g, *g.stride(), factors, out, *sizes)
-        return lambda: kernels.weighted_sum_kernel[(splits * across,)](*inputs, **options), out
+        (x, a_layout), (y, g_layout) = (
+            kernel_calls.handed(a, how.block, tile.columns),
+            kernel_calls.handed(g, how.block, tile.rows),
+        )
+        compiled |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "WHOLE": tile.whole, "ADD": False}
+        compiled |= {"A_LAYOUT": a_layout, "G_LAYOUT": g_layout, "num_warps": how.warps, "num_stages": how.depth}
+        inputs = (x, *a.stride(), y, *g.stride(), factors, out, *sizes)
+        return lambda: kernels.weighted_sum_kernel[(splits * tile.count(p, d),)](*inputs, **compiled), out
     tiles = -(-t // how.tile)
-    programs = tiles * (tiles + 1) // 2 if kernel == "gram" else across
+    programs = tiles * (tiles + 1) // 2 if kernel == "gram" else -(-p // how.tile) * -(-d // how.tile)
     partial = torch.full((1 + (kernel == "gram"), n, programs), float("nan"), device=a.device)
+    fetched = (how.tile, how.block) if kernel == "gram" else (how.block, how.tile)
+    (x, a_layout), (y, g_layout) = kernel_calls.handed(a, *fetched), kernel_calls.handed(g, *fetched)
+    compiled |= {"TILE": how.tile, "A_LAYOUT": a_layout, "G_LAYOUT": g_layout}
     function = kernels.gram_kernel if kernel == "gram" else kernels.direct_kernel
-    compiled = kernels.tuned(function, how.warps, (how.depth,))
-    call = (a, *a.stride(), g, *g.stride(), partial, t, d, p)
-    return lambda: compiled[(n * programs,)](*call, **fetched), partial
+    tuned = kernel_calls.tuned(function, how.warps, (how.depth,))
+    call = (x, *a.stride(), y, *g.stride(), partial, t, d, p)
+    return lambda: tuned[(n * programs,)](*call, **compiled), partial
 
 
 def error(kernel: str, a: Tensor, g: Tensor, factors: Tensor, out: Tensor) -> float:
@@ -186,7 +215,7 @@ def main(kernel: str, dtype: str, path: Path) -> None:
     """Try everything and write."""
     check_writable(path)
     most, rows = ceilings(dtype, on_device), []
-    for seed, (shape, how) in enumerate(itertools.product(SHAPES[kernel], candidates(dtype))):
+    for seed, (shape, how) in enumerate(itertools.product(SHAPES[kernel], candidates(kernel, dtype))):
         row = tried(kernel, dtype, shape, how, seed, "cuda", on_device)
         rows.append(with_floor(row, kernel, DTYPES[dtype].itemsize, most))
     content = {"kernel": kernel, "dtype": dtype, "ceilings": most, "candidates": rows}

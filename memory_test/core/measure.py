@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dit_dp.clipping import attach
 from dit_dp.clipping.batch import Batch, tensors_of
 from dit_dp.clipping.engine import Engine
+from dit_dp.clipping.ranks import local
 from dit_dp.training import Ema, make_optimizer, train_step
 from memory_test.core import breakdown as logs
 from memory_test.core.meters import END, Clock, MemoryReading, Meter, Times, memory_meter
@@ -195,28 +196,22 @@ def _holdings(
     """Yield everything held now, with its category and, where it is a parameter's, its part of the model."""
     model, parts = engine.model, parts_by_name(engine.model)
     for name, parameter in model.named_parameters():
-        yield "parameters", _local(parameter), parts.get(name)
+        yield "parameters", local(parameter), parts.get(name)
         if parameter.grad is not None:
-            yield "gradients", _local(parameter.grad), parts.get(name)
+            yield "gradients", local(parameter.grad), parts.get(name)
     for buffer in model.buffers():
         yield "parameters", buffer, None
     owners: dict[Tensor, str | None] = {p: parts.get(name) for name, p in engine.parameters.items()}
     for owner, state in optimizer.state.items():
         for value in state.values():
             if isinstance(value, Tensor):
-                yield "optimizer_state", _local(value), owners.get(owner)
+                yield "optimizer_state", local(value), owners.get(owner)
     for part, average in zip(owners.values(), ema.tensors if ema else (), strict=False):
-        yield "optimizer_state", _local(average), part
+        yield "optimizer_state", local(average), part
     for category, tensor in engine.tracked_tensors():
         yield category, tensor, None
     for tensor in tensors_of(batch):
         yield "input", tensor, None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that is spread over ranks (a `DTensor`); any other as it is."""
-    part: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return part
 
 
 def _choices(engine: Engine) -> dict[str, Any]:

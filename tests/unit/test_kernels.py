@@ -26,15 +26,25 @@ def test_kernels_by_tritons_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def compiled(kernel: Any, element: str, tile: int, warps: int) -> str:
+def compiled(kernel: Any, element: str, tile: int, warps: int, layout: str = "pointers", *, whole: bool = False) -> str:
     """Return the PTX of a kernel for sm_90, operands with contiguous features and sizes that 16 divides."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {"a_feature": 1, "g_feature": 1, "TILE": tile, "BLOCK": 32, "UPCAST": False}
-    if "ADD" in kernel.arg_names:
-        constants["ADD"] = True
-    pointers = {"a": f"*{element}", "g": f"*{element}", "partial": "*fp32", "factors": "*fp32", "out": "*fp32"}
+    block = 32 if layout == "pointers" else 64
+    sides = (256, 128) if whole else (tile, tile)
+    constants = {"a_feature": 1, "g_feature": 1, "TILE": tile, "BLOCK": block, "UPCAST": False, "WHOLE": whole}
+    constants |= {"ADD": True, "A_LAYOUT": layout, "G_LAYOUT": layout, "ROWS": sides[0], "COLUMNS": sides[1]}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    a = g = f"*{element}"
+    if layout != "pointers":
+        gram = kernel.__name__ == "gram_kernel"
+        tiles = [(tile, block)] * 2 if gram else [(block, side) for side in sides]
+        g, a = (
+            f"tensordesc<{element}{[1, *sizes] if layout == 'positions first' else [1, *sizes[::-1]]}>"
+            for sizes in tiles
+        )
+    pointers = {"a": a, "g": g, "partial": "*fp32", "factors": "*fp32", "out": "*fp32"}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     attributes = {
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name not in constants
@@ -60,3 +70,26 @@ def test_kernels_compile_for_sm_90(
     assert ".local" not in ptx  # nothing spilt
     assert not re.search(r"\b(atom|red)\.", ptx)  # no addition whose order is left to chance
     assert ("wgmma" in ptx) == (element == "bf16")
+
+
+@pytest.mark.parametrize("layout", ["positions first", "features first"])
+@pytest.mark.parametrize("name", ["gram_kernel", "direct_kernel", "weighted_sum_kernel"])
+def test_operands_are_fetched_by_descriptors_on_sm_90(
+    name: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dit_dp.clipping import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ptx = compiled(getattr(kernels, name), "bf16", 128, 8, layout)
+    assert "cp.async.bulk.tensor" in ptx
+    assert "wgmma" in ptx
+    assert ".local" not in ptx
+
+
+def test_clipped_sums_of_whole_examples_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_dp.clipping import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ptx = compiled(kernels.weighted_sum_kernel, "bf16", 128, 8, "positions first", whole=True)
+    assert "wgmma" in ptx
+    assert not re.search(r"\b(atom|red)\.", ptx)

@@ -128,8 +128,8 @@ def test_tiles_follow_from_size_and_dtype() -> None:
 
 def test_cuda_without_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "dit_dp.clipping.kernels", raising=False)
-    monkeypatch.delattr(clipping, "kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "dit_dp.clipping.kernel_calls", raising=False)
+    monkeypatch.delattr(clipping, "kernel_calls", raising=False)
     a, g = operands(1, 4, 4, 4, torch.float32, seed=0, strided=False)
     with pytest.raises(UsageError, match="needs triton"):
         launch.norm_partials(a, g, True)
