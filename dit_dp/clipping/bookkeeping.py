@@ -24,10 +24,14 @@ from dit_dp import validate
 from dit_dp.clipping import tiled
 from dit_dp.clipping.contributions import Contribution, Direct, Outer, joined, joined_squared_norms
 from dit_dp.clipping.engine import LayerRule
+from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.watched import WatchedEngine
 
 BookRule = Literal["keep", "ghost", "direct", "tiled", "outer product"]
 """How a weight's norm is taken; all but `keep` book its operands."""
+
+AHEAD = 8
+"""Sums that ask whether every unit is finite, and so wait for a GPU, go after others, which keep it busy meanwhile."""
 
 KEEP_UP_TO = 1.25
 """Keeping spares the Gram matrices, 6 to 22 % of a step's operations, and is worth that much more memory."""
@@ -62,8 +66,15 @@ class BookkeepingEngine(WatchedEngine):
         super()._attach()
 
     def _sum(self, losses: Tensor) -> None:
+        waiting: list[tuple[nn.Parameter, Contribution]] = []
         while self._book:  # newest first, freed as it goes
-            self._add(*self._book.pop())
+            parameter, part = self._book.pop()
+            if len(waiting) < AHEAD and hardware().is_cuda(losses) and not (isinstance(part, Outer) and part.by_kernel):
+                waiting.append((parameter, part))
+            else:
+                self._add(parameter, part)
+        while waiting:
+            self._add(*waiting.pop())
 
     def _forget(self) -> None:
         super()._forget()
@@ -87,7 +98,10 @@ class BookkeepingEngine(WatchedEngine):
             self._note(parameter, [kept])
         else:
             whole = joined(outers)
-            self._squares += tiled.squared_norms(whole.a, whole.g) if rule == "tiled" else whole.squared_norms(rule)
+            if rule == "tiled":
+                self._squares += tiled.squared_norms(whole.a, whole.g, whole.sums)
+            else:
+                self._squares += whole.squared_norms(rule)
             self._note(parameter, parts)
 
     def _rule_for(self, parameter: nn.Parameter, outers: list[Outer]) -> BookRule:

@@ -7,6 +7,7 @@ one contribution per parameter; contributions to one parameter, also through tie
 norm is taken, so that cross terms count.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,9 +38,16 @@ for positions that are equal up to their sign, 5 of these units were found, for 
 CANCELLED = 1e-4
 """Share of a squared norm that rounding may take without more ado: a contribution is then at most C (1 + 1e-4 / 2)."""
 
+Kept = Callable[[], Tensor | None]
+"""Says which units' contributions count, (N,) bool, `None`: all. Asked only where it matters: a GPU is waited for."""
+
 OuterRule = Literal["ghost", "direct", "outer product"]
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+def everyone() -> None:
+    """Say that all units' contributions count."""
 
 
 def float32(tensor: Tensor) -> Tensor:
@@ -84,12 +92,40 @@ def not_below(squares: Tensor, sizes: Tensor) -> Tensor:
     return torch.where(lost > CANCELLED * squares, squares + lost, squares)
 
 
+class PositionSums:
+    """Sums of output gradients over positions, (N, p), a bias's per-example gradients: taken when first asked for.
+
+    A kernel that takes the weight's norm has the gradients in hand and may supply them before that.
+    """
+
+    def __init__(self, g: Tensor) -> None:
+        self._g: Tensor | None = g
+        self._value: Tensor | None = None
+
+    def supply(self, value: Tensor) -> None:
+        """Take the sums, (N, p)."""
+        self._value, self._g = value, None
+
+    @property
+    def value(self) -> Tensor:
+        """The sums; the gradients are let go."""
+        if self._value is None:
+            assert self._g is not None
+            self.supply(sum_float32(self._g, 1))
+        assert self._value is not None
+        return self._value
+
+
 @dataclass(frozen=True)
 class Outer:
-    """Per-example gradient ``g_i^T a_i`` of a weight seen as a (p, d) matrix; a (N, T, d), g (N, T, p)."""
+    """Per-example gradient ``g_i^T a_i`` of a weight seen as a (p, d) matrix; a (N, T, d), g (N, T, p).
+
+    `sums`: those of g, if a bias waits for them.
+    """
 
     a: Tensor
     g: Tensor
+    sums: PositionSums | None = None
 
     def gradients(self, shape: torch.Size) -> Tensor:
         """Return the per-example gradients, (N, *shape)."""
@@ -108,7 +144,7 @@ class Outer:
         rule = rule or self.rule(self.a.shape[1], self.a.shape[2], self.g.shape[2])
         return hardware().apply(_squared_norms, self.a, self.g, rule)
 
-    def add_clipped(self, grad: Tensor | None, factors: Tensor, shape: torch.Size, keep: Tensor | None) -> Tensor:
+    def add_clipped(self, grad: Tensor | None, factors: Tensor, shape: torch.Size, kept: Kept) -> Tensor:
         """Return ``grad + sum_i c_i g_i^T a_i``; scales the narrower operand, never the one in place.
 
         The weights are applied in float32, also to bf16 operands: rounding ``c_i a_i`` to bf16 would let a
@@ -116,9 +152,10 @@ class Outer:
         On CUDA a kernel weighs each example's product in registers; elsewhere bf16 operands are copied to float32.
         """
         a, g = self.a, self.g
-        if (grad is None or grad.dtype == torch.float32) and sums_by_kernel(a, g):
+        if (grad is None or grad.dtype == torch.float32) and self.by_kernel:
             flat = None if grad is None else grad.view(g.shape[2], -1)
             return weighted_sum(a, g, factors, flat).view(shape)
+        keep = kept()
         if keep is not None:
             a, g = torch.where(keep[:, None, None], a, 0), torch.where(keep[:, None, None], g, 0)
         a, g = float32(a), float32(g)
@@ -129,6 +166,11 @@ class Outer:
             return _added(grad, (left @ right).view(shape))
         grad.view(left.shape[0], -1).addmm_(left, right)
         return grad
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether the clipped sum is a kernel's, which passes dropped units over by their factor."""
+        return sums_by_kernel(self.a, self.g)
 
     @staticmethod
     def rule(positions: int, width: int, out_width: int) -> OuterRule:
@@ -204,9 +246,10 @@ class Rows:
         gram = torch.bmm(g, g.transpose(1, 2)) * (self.index[:, :, None] == self.index[:, None, :])
         return not_below(gram.sum((1, 2)), gram.abs().sum((1, 2))).clamp(min=0)
 
-    def add_clipped(self, grad: Tensor | None, factors: Tensor, shape: torch.Size, keep: Tensor | None) -> Tensor:
+    def add_clipped(self, grad: Tensor | None, factors: Tensor, shape: torch.Size, kept: Kept) -> Tensor:
         """Return ``grad`` with the weighted rows added."""
         g = float32(self.g)
+        keep = kept()
         if keep is not None:
             g = torch.where(keep[:, None, None], g, 0)
         total = g.new_zeros(shape) if grad is None else grad
@@ -216,9 +259,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Direct:
-    """Per-example gradients themselves, (N, *shape): biases and scales, which are small."""
+    """Per-example gradients themselves, (N, *shape): biases and scales, small; sums may be yet to be taken."""
 
-    value: Tensor
+    given: Tensor | PositionSums
+
+    @property
+    def value(self) -> Tensor:
+        """The gradients."""
+        return self.given.value if isinstance(self.given, PositionSums) else self.given
 
     def gradients(self, shape: torch.Size) -> Tensor:
         """Return the per-example gradients, (N, *shape)."""
@@ -243,9 +291,10 @@ class Direct:
             return norms.square()
         return torch.stack([row.dot(row) for row in value])
 
-    def add_clipped(self, grad: Tensor | None, factors: Tensor, shape: torch.Size, keep: Tensor | None) -> Tensor:
+    def add_clipped(self, grad: Tensor | None, factors: Tensor, shape: torch.Size, kept: Kept) -> Tensor:
         """Return ``grad + sum_i c_i value_i``."""
         value = float32(self.value).reshape(len(self.value), -1)
+        keep = kept()
         if keep is not None:
             value = torch.where(keep[:, None], value, 0)
         weights = factors.to(value.dtype)

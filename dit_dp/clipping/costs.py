@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 
 from dit_dp.clipping import tiled
-from dit_dp.clipping.contributions import Direct, Outer
+from dit_dp.clipping.contributions import Direct, Outer, everyone
 from dit_dp.clipping.lives import WeightCall
 from dit_dp.clipping.planner import RULES
 
@@ -62,13 +62,13 @@ def _seconds(
         if rule == "keep":
             kept = Direct(outer.gradients(shape))
             kept.rowwise_squared_norms()
-            kept.add_clipped(None, factors, shape, None)
+            kept.add_clipped(None, factors, shape, everyone)
             return
         if rule == "tiled":
             tiled.squared_norms(outer.a, outer.g)
         else:
             outer.squared_norms("direct" if rule == "direct" else "ghost")
-        outer.add_clipped(None, factors, shape, None)
+        outer.add_clipped(None, factors, shape, everyone)
 
     clock = _clock(device)
     fastest: dict[str, float] = dict.fromkeys(RULES, float("inf"))

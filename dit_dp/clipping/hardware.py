@@ -46,6 +46,22 @@ class Hardware:
         """Return whether a tensor of one bool is true; where tensors hold no data, the usual answer."""
         return bool(condition)
 
+    def later(self, condition: Tensor, *, usually: bool) -> Callable[[], bool]:
+        """Return who says what `holds` would: a GPU goes on with what is queued until the answer is asked for."""
+        if not condition.is_cuda:
+            known = self.holds(condition, usually=usually)
+            return lambda: known
+        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+        answer.copy_(condition, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+
+        def said() -> bool:
+            arrived.synchronize()
+            return bool(answer)
+
+        return said
+
     def with_data(self) -> contextlib.AbstractContextManager[object]:
         """Return a context whose tensors hold data wherever the step is imagined: a generator's state is the host's."""
         return contextlib.nullcontext()

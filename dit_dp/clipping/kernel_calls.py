@@ -32,7 +32,7 @@ RESERVED_BYTES = 2048
 """Shared memory that a program takes besides operands."""
 
 
-def gram_partials(a: Tensor, g: Tensor, partial: Tensor, tile: int) -> None:
+def gram_partials(a: Tensor, g: Tensor, partial: Tensor, tile: int, sums: Tensor | None = None) -> None:
     """Fill `partial` with addends of ``sum((a_i a_i^T) * (g_i g_i^T))``.
 
     Args:
@@ -40,15 +40,17 @@ def gram_partials(a: Tensor, g: Tensor, partial: Tensor, tile: int) -> None:
         g: (N, T, p) output gradients of the same dtype.
         partial: (2, N, pairs of tiles) float32: of the terms, and of their absolute values.
         tile: Positions a side, a power of two >= 16.
+        sums: (N, tiles, p) float32, filled with the sums of g over each tile's positions, if it is wanted.
     """
     length = block(max(a.shape[2], g.shape[2]), a.dtype)
-    _launch(_GRAM[gram_warps(tile)], a, g, partial, (tile, length), tile, length)
+    written = (partial, partial if sums is None else sums)
+    _launch(_GRAM[gram_warps(tile)], a, g, written, (tile, length), tile, length, SUMS=sums is not None)
 
 
 def direct_partials(a: Tensor, g: Tensor, partial: Tensor, tile: int) -> None:
     """Fill `partial`, (1, N, tiles of a (p, d) matrix), by addends of ``|g_i^T a_i|_F^2``; else as `gram_partials`."""
     length = block(a.shape[1], a.dtype)
-    _launch(_DIRECT, a, g, partial, (length, tile), tile, length)
+    _launch(_DIRECT, a, g, (partial,), (length, tile), tile, length)
 
 
 def finished(partial: Tensor, squares: Tensor, lost_share: float, cancelled: float) -> None:
@@ -109,14 +111,21 @@ def upcast(operand: Tensor) -> bool:
 
 
 def _launch(
-    kernel: Any, a: Tensor, g: Tensor, partial: Tensor, fetched: tuple[int, int], tile: int, length: int
+    kernel: Any,
+    a: Tensor,
+    g: Tensor,
+    written: tuple[Tensor, ...],
+    fetched: tuple[int, int],
+    tile: int,
+    length: int,
+    **options: bool,
 ) -> None:
-    """Run one program for every entry of `partial[0]`, whose tiles of operands are (positions, features)."""
+    """Run one program for every entry of `written[0][0]`, whose tiles of operands are (positions, features)."""
     (x, a_layout), (y, g_layout) = handed(a, *fetched), handed(g, *fetched)
     with torch.cuda.device_of(a):  # type: ignore[no-untyped-call]
-        kernel[(partial[0].numel(),)](
-            x, *a.stride(), y, *g.stride(), partial, a.shape[1], a.shape[2], g.shape[2],
-            TILE=tile, BLOCK=length, A_LAYOUT=a_layout, G_LAYOUT=g_layout, UPCAST=upcast(a),
+        kernel[(written[0][0].numel(),)](
+            x, *a.stride(), y, *g.stride(), *written, a.shape[1], a.shape[2], g.shape[2],
+            TILE=tile, BLOCK=length, A_LAYOUT=a_layout, G_LAYOUT=g_layout, UPCAST=upcast(a), **options,
         )  # fmt: skip
 
 

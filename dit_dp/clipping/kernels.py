@@ -80,6 +80,37 @@ def _gram(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _own_gram(  # type: ignore[no-untyped-def]
+    operand,
+    example,
+    by_example,
+    by_position,
+    by_feature,
+    positions,
+    features,
+    j,
+    sums,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    SUMS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Return `_gram` of positions with themselves, fetched once; write their sums, a number a feature, if SUMS."""
+    gram = tl.zeros((TILE, TILE), tl.float32)
+    for feature in range(0, features, BLOCK):
+        x = _tile(
+            operand, example, by_example, by_position, by_feature, positions, features, j, feature,
+            TILE, BLOCK, LAYOUT, UPCAST,
+        )  # fmt: skip
+        gram = tl.dot(x, x.T, gram, input_precision="ieee")
+        if SUMS:
+            index = feature + tl.arange(0, BLOCK)
+            tl.store(sums + index, tl.sum(x.to(tl.float32), 0), mask=index < features)
+    return gram
+
+
+@triton.jit
 def gram_kernel(  # type: ignore[no-untyped-def]
     a,
     a_example,
@@ -90,9 +121,11 @@ def gram_kernel(  # type: ignore[no-untyped-def]
     g_position,
     g_feature,
     partial,
+    sums,
     positions,
     width,
     out_width,
+    SUMS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     A_LAYOUT: tl.constexpr,
@@ -101,7 +134,8 @@ def gram_kernel(  # type: ignore[no-untyped-def]
 ):
     """Write ``sum(A_j A_k^T * G_j G_k^T)``, twice that off the diagonal, for one example and one pair j <= k.
 
-    As many numbers further on as there are programs, the sum of the same terms' absolute values.
+    As many numbers further on as there are programs, the sum of the same terms' absolute values. If SUMS, the sums of
+    g over each tile's positions too, (N, tiles, p), by the programs that have j = k.
 
     The triangle of pairs is folded into a rectangle: a row of it holds tile row `upper`, then tile row `lower` from
     the other end, which together are as long as every other row's.
@@ -117,14 +151,25 @@ def gram_kernel(  # type: ignore[no-untyped-def]
     in_upper = place < tiles - upper
     j = tl.where(in_upper, upper, lower)
     k = j + tl.where(in_upper, place, place - (tiles - upper))
-    gram_a = _gram(
-        a, example, a_example, a_position, a_feature, positions, width, j * TILE, k * TILE,
-        TILE, BLOCK, A_LAYOUT, UPCAST,
-    )  # fmt: skip
-    gram_g = _gram(
-        g, example, g_example, g_position, g_feature, positions, out_width, j * TILE, k * TILE,
-        TILE, BLOCK, G_LAYOUT, UPCAST,
-    )  # fmt: skip
+    if j == k:
+        gram_a = _own_gram(
+            a, example, a_example, a_position, a_feature, positions, width, j * TILE, sums,
+            TILE, BLOCK, A_LAYOUT, False, UPCAST,
+        )  # fmt: skip
+        own = sums + (example * tiles + j).to(tl.int64) * out_width
+        gram_g = _own_gram(
+            g, example, g_example, g_position, g_feature, positions, out_width, j * TILE, own,
+            TILE, BLOCK, G_LAYOUT, SUMS, UPCAST,
+        )  # fmt: skip
+    else:
+        gram_a = _gram(
+            a, example, a_example, a_position, a_feature, positions, width, j * TILE, k * TILE,
+            TILE, BLOCK, A_LAYOUT, UPCAST,
+        )  # fmt: skip
+        gram_g = _gram(
+            g, example, g_example, g_position, g_feature, positions, out_width, j * TILE, k * TILE,
+            TILE, BLOCK, G_LAYOUT, UPCAST,
+        )  # fmt: skip
     terms = gram_a * gram_g
     weight = tl.where(j == k, 1.0, 2.0)
     tl.store(partial + program, weight * tl.sum(tl.sum(terms, 1), 0))

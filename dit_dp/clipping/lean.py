@@ -151,14 +151,15 @@ class LeanEngine(BookkeepingEngine):
 
         A trial tells which inputs have rows: those whose first dimension is another for two units than for one.
         """
-        units, factors, keep = self._units, self._factors, self._keep
+        units, factors, finite = self._units, self._factors, self._finite
         assert factors is not None
+        assert finite is not None
         dims = [trial.leading.get(call.block.name) for trial in self._trials]
         sliced = [one != two for one, two in zip(*dims, strict=True)] if len(dims) == 2 and all(dims) else []
         halved = self.visit_in_halves and len(sliced) == len(call.leaves)
         for start, stop in units.halves() if halved else [(0, units.num_units)]:
             rows, self._units = units.span(start, stop)
-            self._factors, self._keep = factors[start:stop], None if keep is None else keep[start:stop]
+            self._factors, self._finite = factors[start:stop], finite[start:stop]
 
             def part(tensor: Tensor, rows: slice = rows, chosen: slice = slice(start, stop)) -> Tensor:
                 return tensor[rows] if tensor.shape[0] == units.num_rows else tensor[chosen]
@@ -170,7 +171,7 @@ class LeanEngine(BookkeepingEngine):
                 walk()
             else:  # all gradients are there, so it takes the same in every step
                 hardware().apply(walk, call.block.name, stop - start, tuple(call.leaves))
-        self._units, self._factors, self._keep = units, factors, keep
+        self._units, self._factors, self._finite = units, factors, finite
 
     def _forget(self) -> None:
         super()._forget()

@@ -70,7 +70,7 @@ class PerLayerEngine(GhostEngine):
         for parameter, parts in group.items():
             total: Tensor | None = None
             for part in parts:
-                total = part.add_clipped(total, factors, parameter.shape, keep)
+                total = part.add_clipped(total, factors, parameter.shape, lambda: keep)
             assert total is not None
             self._totals[parameter] = self.ranks.share(parameter, total)
 

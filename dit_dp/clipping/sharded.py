@@ -43,7 +43,7 @@ class ShardedBookkeepingEngine(BookkeepingEngine):
             parts = booked.pop(parameter, [])
             with full_float32():
                 while parts:
-                    total = parts.pop().add_clipped(total, self._factors, parameter.shape, self._keep)
+                    total = parts.pop().add_clipped(total, self._factors, parameter.shape, self._kept_units)
             if total is None:  # this rank's units did not use it; others' may have
                 total = torch.zeros(parameter.shape, dtype=self._factors.dtype, device=losses.device)
             self._deposit(parameter, total)

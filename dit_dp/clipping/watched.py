@@ -9,7 +9,7 @@ and clipped sums from then on.
 import contextlib
 import types
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -94,12 +94,12 @@ class WatchedEngine(Engine):
         self._prober: Prober | None = None
         self._look: Look | None = None
         self._num_tried = self._rows_of_a_unit = 0
-        self._graph_examined = False
+        self._graph_examined = self._in_backward = False
         self._loss_weight = 1.0
         self._squares: Tensor | None = None
         self._factors: Tensor | None = None
-        self._keep: Tensor | None = None
-        self._in_backward = False
+        self._finite: Tensor | None = None
+        self._all_finite: Callable[[], bool] = lambda: True
         self._calls: dict[nn.Parameter, float] = {}
         self._parts: dict[nn.Parameter, list[Contribution]] = {}
         self._rules_used: dict[str, str] = {}
@@ -126,6 +126,8 @@ class WatchedEngine(Engine):
             norms = self._weigh()
             with torch.no_grad():
                 self._sum(losses)
+            dropped = self._kept_units()
+            self.num_dropped += 0 if dropped is None else int((~dropped).sum())
         finally:
             self._forget()
         return norms
@@ -261,12 +263,14 @@ class WatchedEngine(Engine):
         """Turn the squared norms into clip factors; return the norms, (U,)."""
         assert self._squares is not None
         norms = self._squares.sqrt()
-        finite = torch.isfinite(norms)
-        self._keep = None if hardware().holds(finite.all(), usually=True) else finite
-        if self._keep is not None:
-            self.num_dropped += int((~finite).sum())
+        self._finite = torch.isfinite(norms)
+        self._all_finite = hardware().later(self._finite.all(), usually=True)
         self._factors = clip_factors(norms, self.max_grad_norm)
         return norms
+
+    def _kept_units(self) -> Tensor | None:
+        """Return which units' norms are finite, (U,), or `None`: all."""
+        return None if self._all_finite() else self._finite
 
     def _add(self, parameter: nn.Parameter, part: Contribution) -> None:
         """Add a contribution's clipped sum over units to the gradient."""
@@ -274,7 +278,7 @@ class WatchedEngine(Engine):
         target = self.parameters[self._names[parameter]]
         so_far = None if self.ranks.in_step else target.grad
         with full_float32():
-            total = part.add_clipped(so_far, self._factors, parameter.shape, self._keep)
+            total = part.add_clipped(so_far, self._factors, parameter.shape, self._kept_units)
         if self.ranks.in_step:
             self._deposit(parameter, total)
         else:
@@ -292,7 +296,7 @@ class WatchedEngine(Engine):
     def _forget(self) -> None:
         """Drop what one pass left behind, also after a failure."""
         self._in_backward = False
-        self._squares = self._factors = self._keep = None
+        self._squares = self._factors = self._finite = None
         self._calls.clear()
         self._parts.clear()
 

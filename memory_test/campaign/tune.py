@@ -145,7 +145,11 @@ def prepared(
     compiled |= {"TILE": how.tile, "A_LAYOUT": a_layout, "G_LAYOUT": g_layout}
     function = kernels.gram_kernel if kernel == "gram" else kernels.direct_kernel
     tuned = kernel_calls.tuned(function, how.warps, (how.depth,))
-    call = (x, *a.stride(), y, *g.stride(), partial, t, d, p)
+    written = [partial]
+    if kernel == "gram":  # a bias's gradients come with the norm, as in the engine
+        written.append(torch.full((n, tiles, p), float("nan"), device=a.device))
+        compiled["SUMS"] = True
+    call = (x, *a.stride(), y, *g.stride(), *written, t, d, p)
     return lambda: tuned[(n * programs,)](*call, **compiled), partial
 
 

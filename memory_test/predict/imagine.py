@@ -56,6 +56,10 @@ class ImaginedHardware(Hardware):
         """Return the usual answer."""
         return usually
 
+    def later(self, condition: Tensor, *, usually: bool) -> Callable[[], bool]:
+        """Return who gives the usual answer."""
+        return lambda: usually
+
     def with_data(self) -> contextlib.AbstractContextManager[object]:
         """Leave the imagined device."""
         return _as_it_is()

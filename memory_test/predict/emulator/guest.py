@@ -36,6 +36,10 @@ class EmulatedHardware(Hardware):
         """Return the usual answer."""
         return usually
 
+    def later(self, condition: Tensor, *, usually: bool) -> Callable[[], bool]:
+        """Return who gives the usual answer."""
+        return lambda: usually
+
 
 @contextlib.contextmanager
 def without_data() -> Iterator[None]:
