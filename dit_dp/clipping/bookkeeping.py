@@ -30,7 +30,7 @@ from dit_dp.clipping.watched import WatchedEngine
 BookRule = Literal["keep", "ghost", "direct", "tiled", "outer product"]
 """How a weight's norm is taken; all but `keep` book its operands."""
 
-AHEAD = 8
+AHEAD = 32
 """Sums that ask whether every unit is finite, and so wait for a GPU, go after others, which keep it busy meanwhile."""
 
 KEEP_UP_TO = 1.25
@@ -90,16 +90,16 @@ class BookkeepingEngine(WatchedEngine):
         rule = self._rule_for(parameter, outers)
         self._rules_used[self._names[parameter]] = rule
         if rule == "keep":
-            total = outers[0].gradients(parameter.shape)
-            for part in outers[1:]:
-                total += part.gradients(parameter.shape)
-            kept = Direct(total)
-            self._squares += kept.rowwise_squared_norms()
+            first, *others = outers
+            kept, squares = first.kept(parameter.shape)
+            for part in others:
+                kept.value.add_(part.gradients(parameter.shape))
+            self._squares += kept.rowwise_squared_norms() if others else squares
             self._note(parameter, [kept])
         else:
             whole = joined(outers)
             if rule == "tiled":
-                self._squares += tiled.squared_norms(whole.a, whole.g, whole.sums)
+                self._squares += tiled.squared_norms(whole.a, whole.g)
             else:
                 self._squares += whole.squared_norms(rule)
             self._note(parameter, parts)

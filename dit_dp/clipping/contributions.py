@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_dp.clipping.hardware import hardware
-from dit_dp.clipping.launch import sums_by_kernel, weighted_sum
+from dit_dp.clipping.launch import finished_norms, kept_gradients, sums_by_kernel, weighted_sum
 from dit_dp.clipping.units import Units
 
 BLOCK_ROWS, MIN_BLOCK = 8, 32
@@ -92,44 +92,24 @@ def not_below(squares: Tensor, sizes: Tensor) -> Tensor:
     return torch.where(lost > CANCELLED * squares, squares + lost, squares)
 
 
-class PositionSums:
-    """Sums of output gradients over positions, (N, p), a bias's per-example gradients: taken when first asked for.
-
-    A kernel that takes the weight's norm has the gradients in hand and may supply them before that.
-    """
-
-    def __init__(self, g: Tensor) -> None:
-        self._g: Tensor | None = g
-        self._value: Tensor | None = None
-
-    def supply(self, value: Tensor) -> None:
-        """Take the sums, (N, p)."""
-        self._value, self._g = value, None
-
-    @property
-    def value(self) -> Tensor:
-        """The sums; the gradients are let go."""
-        if self._value is None:
-            assert self._g is not None
-            self.supply(sum_float32(self._g, 1))
-        assert self._value is not None
-        return self._value
-
-
 @dataclass(frozen=True)
 class Outer:
-    """Per-example gradient ``g_i^T a_i`` of a weight seen as a (p, d) matrix; a (N, T, d), g (N, T, p).
-
-    `sums`: those of g, if a bias waits for them.
-    """
+    """Per-example gradient ``g_i^T a_i`` of a weight seen as a (p, d) matrix; a (N, T, d), g (N, T, p)."""
 
     a: Tensor
     g: Tensor
-    sums: PositionSums | None = None
 
     def gradients(self, shape: torch.Size) -> Tensor:
         """Return the per-example gradients, (N, *shape)."""
         return bmm_float32(self.g.transpose(1, 2), self.a).view(-1, *shape)
+
+    def kept(self, shape: torch.Size) -> "tuple[Direct, Tensor]":
+        """Return the per-example gradients and their squared norms, (N,); half precision on CUDA by one kernel."""
+        if self.by_kernel:
+            gradients, partial = kept_gradients(self.a, self.g)
+            return Direct(gradients.view(-1, *shape)), finished_norms(partial, 0.0, CANCELLED)
+        kept = Direct(self.gradients(shape))
+        return kept, kept.rowwise_squared_norms()
 
     def by_unit(self, units: Units) -> "Outer":
         """Return the contribution of units: the positions of a unit's rows are its positions."""
@@ -259,14 +239,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class Direct:
-    """Per-example gradients themselves, (N, *shape): biases and scales, small; sums may be yet to be taken."""
+    """Per-example gradients themselves, (N, *shape): biases and scales, which are small."""
 
-    given: Tensor | PositionSums
-
-    @property
-    def value(self) -> Tensor:
-        """The gradients."""
-        return self.given.value if isinstance(self.given, PositionSums) else self.given
+    value: Tensor
 
     def gradients(self, shape: torch.Size) -> Tensor:
         """Return the per-example gradients, (N, *shape)."""

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 
 from dit_dp.clipping import tiled
-from dit_dp.clipping.contributions import Direct, Outer, everyone
+from dit_dp.clipping.contributions import Outer, everyone
 from dit_dp.clipping.lives import WeightCall
 from dit_dp.clipping.planner import RULES
 
@@ -60,8 +60,7 @@ def _seconds(
 
     def run(rule: str) -> None:
         if rule == "keep":
-            kept = Direct(outer.gradients(shape))
-            kept.rowwise_squared_norms()
+            kept, _ = outer.kept(shape)
             kept.add_clipped(None, factors, shape, everyone)
             return
         if rule == "tiled":

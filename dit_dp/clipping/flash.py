@@ -37,7 +37,7 @@ class _TileByTile(WatchedEngine):
         self._rules_used[self._names[parameter]] = rule
         if rule != "outer product":
             self._norm_kernels.add("triton" if runs_kernels(whole.a) else "torch")
-        return tiled.squared_norms(whole.a, whole.g, whole.sums)
+        return tiled.squared_norms(whole.a, whole.g)
 
     @classmethod
     def norm_rule(cls, positions: int, width: int, out_width: int) -> tuple[LayerRule, str]:

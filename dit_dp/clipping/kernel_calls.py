@@ -32,7 +32,7 @@ RESERVED_BYTES = 2048
 """Shared memory that a program takes besides operands."""
 
 
-def gram_partials(a: Tensor, g: Tensor, partial: Tensor, tile: int, sums: Tensor | None = None) -> None:
+def gram_partials(a: Tensor, g: Tensor, partial: Tensor, tile: int) -> None:
     """Fill `partial` with addends of ``sum((a_i a_i^T) * (g_i g_i^T))``.
 
     Args:
@@ -40,17 +40,19 @@ def gram_partials(a: Tensor, g: Tensor, partial: Tensor, tile: int, sums: Tensor
         g: (N, T, p) output gradients of the same dtype.
         partial: (2, N, pairs of tiles) float32: of the terms, and of their absolute values.
         tile: Positions a side, a power of two >= 16.
-        sums: (N, tiles, p) float32, filled with the sums of g over each tile's positions, if it is wanted.
     """
     length = block(max(a.shape[2], g.shape[2]), a.dtype)
-    written = (partial, partial if sums is None else sums)
-    _launch(_GRAM[gram_warps(tile)], a, g, written, (tile, length), tile, length, SUMS=sums is not None)
+    _launch(_GRAM[gram_warps(tile)], a, g, (partial,), (tile, length), tile, length)
 
 
-def direct_partials(a: Tensor, g: Tensor, partial: Tensor, tile: int) -> None:
-    """Fill `partial`, (1, N, tiles of a (p, d) matrix), by addends of ``|g_i^T a_i|_F^2``; else as `gram_partials`."""
+def direct_partials(a: Tensor, g: Tensor, partial: Tensor, tile: int, kept: Tensor | None = None) -> None:
+    """Fill `partial`, (1, N, tiles of a (p, d) matrix), by addends of ``|g_i^T a_i|_F^2``; else as `gram_partials`.
+
+    `kept`, (N, p, d) float32, contiguous, is filled with the gradients themselves, if they are wanted.
+    """
     length = block(a.shape[1], a.dtype)
-    _launch(_DIRECT, a, g, (partial,), (length, tile), tile, length)
+    written = (partial, partial if kept is None else kept)
+    _launch(_DIRECT, a, g, written, (length, tile), tile, length, KEEP=kept is not None)
 
 
 def finished(partial: Tensor, squares: Tensor, lost_share: float, cancelled: float) -> None:

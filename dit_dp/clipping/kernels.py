@@ -80,37 +80,6 @@ def _gram(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _own_gram(  # type: ignore[no-untyped-def]
-    operand,
-    example,
-    by_example,
-    by_position,
-    by_feature,
-    positions,
-    features,
-    j,
-    sums,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    SUMS: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Return `_gram` of positions with themselves, fetched once; write their sums, a number a feature, if SUMS."""
-    gram = tl.zeros((TILE, TILE), tl.float32)
-    for feature in range(0, features, BLOCK):
-        x = _tile(
-            operand, example, by_example, by_position, by_feature, positions, features, j, feature,
-            TILE, BLOCK, LAYOUT, UPCAST,
-        )  # fmt: skip
-        gram = tl.dot(x, x.T, gram, input_precision="ieee")
-        if SUMS:
-            index = feature + tl.arange(0, BLOCK)
-            tl.store(sums + index, tl.sum(x.to(tl.float32), 0), mask=index < features)
-    return gram
-
-
-@triton.jit
 def gram_kernel(  # type: ignore[no-untyped-def]
     a,
     a_example,
@@ -121,11 +90,9 @@ def gram_kernel(  # type: ignore[no-untyped-def]
     g_position,
     g_feature,
     partial,
-    sums,
     positions,
     width,
     out_width,
-    SUMS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     A_LAYOUT: tl.constexpr,
@@ -134,8 +101,7 @@ def gram_kernel(  # type: ignore[no-untyped-def]
 ):
     """Write ``sum(A_j A_k^T * G_j G_k^T)``, twice that off the diagonal, for one example and one pair j <= k.
 
-    As many numbers further on as there are programs, the sum of the same terms' absolute values. If SUMS, the sums of
-    g over each tile's positions too, (N, tiles, p), by the programs that have j = k.
+    As many numbers further on as there are programs, the sum of the same terms' absolute values.
 
     The triangle of pairs is folded into a rectangle: a row of it holds tile row `upper`, then tile row `lower` from
     the other end, which together are as long as every other row's.
@@ -151,25 +117,14 @@ def gram_kernel(  # type: ignore[no-untyped-def]
     in_upper = place < tiles - upper
     j = tl.where(in_upper, upper, lower)
     k = j + tl.where(in_upper, place, place - (tiles - upper))
-    if j == k:
-        gram_a = _own_gram(
-            a, example, a_example, a_position, a_feature, positions, width, j * TILE, sums,
-            TILE, BLOCK, A_LAYOUT, False, UPCAST,
-        )  # fmt: skip
-        own = sums + (example * tiles + j).to(tl.int64) * out_width
-        gram_g = _own_gram(
-            g, example, g_example, g_position, g_feature, positions, out_width, j * TILE, own,
-            TILE, BLOCK, G_LAYOUT, SUMS, UPCAST,
-        )  # fmt: skip
-    else:
-        gram_a = _gram(
-            a, example, a_example, a_position, a_feature, positions, width, j * TILE, k * TILE,
-            TILE, BLOCK, A_LAYOUT, UPCAST,
-        )  # fmt: skip
-        gram_g = _gram(
-            g, example, g_example, g_position, g_feature, positions, out_width, j * TILE, k * TILE,
-            TILE, BLOCK, G_LAYOUT, UPCAST,
-        )  # fmt: skip
+    gram_a = _gram(
+        a, example, a_example, a_position, a_feature, positions, width, j * TILE, k * TILE,
+        TILE, BLOCK, A_LAYOUT, UPCAST,
+    )  # fmt: skip
+    gram_g = _gram(
+        g, example, g_example, g_position, g_feature, positions, out_width, j * TILE, k * TILE,
+        TILE, BLOCK, G_LAYOUT, UPCAST,
+    )  # fmt: skip
     terms = gram_a * gram_g
     weight = tl.where(j == k, 1.0, 2.0)
     tl.store(partial + program, weight * tl.sum(tl.sum(terms, 1), 0))
@@ -187,16 +142,18 @@ def direct_kernel(  # type: ignore[no-untyped-def]
     g_position,
     g_feature,
     partial,
+    kept,
     positions,
     width,
     out_width,
+    KEEP: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     A_LAYOUT: tl.constexpr,
     G_LAYOUT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write the sum of squares of one (TILE, TILE) tile of one example's gradient ``g^T a``."""
+    """Write the sum of squares of one (TILE, TILE) tile of one example's gradient ``g^T a``; if KEEP, the tile too."""
     across = tl.cdiv(width, TILE)
     tiles = tl.cdiv(out_width, TILE) * across
     program = tl.program_id(0)
@@ -214,6 +171,11 @@ def direct_kernel(  # type: ignore[no-untyped-def]
             BLOCK, TILE, A_LAYOUT, UPCAST,
         )  # fmt: skip
         gradient = tl.dot(y.T, x, gradient, input_precision="ieee")
+    if KEEP:
+        rows = row + tl.arange(0, TILE)
+        columns = column + tl.arange(0, TILE)
+        target = (tl.cast(example, tl.int64) * out_width + rows[:, None]) * width + columns[None, :]
+        tl.store(kept + target, gradient, mask=(rows < out_width)[:, None] & (columns < width)[None, :])
     tl.store(partial + program, tl.sum(tl.sum(gradient * gradient, 1), 0))
 
 

@@ -100,24 +100,24 @@ def _(a: Tensor, g: Tensor, gram: bool) -> Tensor:
     return a.new_empty(1 + gram, a.shape[0], _norm_grid(a, g, gram)[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("dit_dp::gram_partials_and_sums", mutates_args=())
-def gram_partials_and_sums(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `norm_partials` by Gram matrices, and the sums of g over each tile's positions, (N, tiles, p) float32.
+@torch.library.custom_op("dit_dp::kept_gradients", mutates_args=())
+def kept_gradients(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return per-example gradients, (N, p, d) float32, and addends of their squared norms, (1, N, programs).
 
-    The sums are a bias's per-example gradient; the kernel has g's tiles in hand, so that g is not read once more.
+    The squares are taken while a tile is in registers: read once more, gradients of d p numbers would cost about half
+    of what forming them does.
     """
-    tile, programs = _norm_grid(a, g, True)
-    partial = a.new_empty(2, a.shape[0], programs, dtype=torch.float32)
-    sums = a.new_empty(a.shape[0], -(-a.shape[1] // tile), g.shape[2], dtype=torch.float32)
-    _kernels().gram_partials(a, g, partial, tile, sums)
-    return partial, sums
+    tile, programs = _norm_grid(a, g, False)
+    gradients = a.new_empty(a.shape[0], g.shape[2], a.shape[2], dtype=torch.float32)
+    partial = a.new_empty(1, a.shape[0], programs, dtype=torch.float32)
+    _kernels().direct_partials(a, g, partial, tile, gradients)
+    return gradients, partial
 
 
-@gram_partials_and_sums.register_fake
+@kept_gradients.register_fake
 def _(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    tile, programs = _norm_grid(a, g, True)
-    partial = a.new_empty(2, a.shape[0], programs, dtype=torch.float32)
-    return partial, a.new_empty(a.shape[0], -(-a.shape[1] // tile), g.shape[2], dtype=torch.float32)
+    gradients = a.new_empty(a.shape[0], g.shape[2], a.shape[2], dtype=torch.float32)
+    return gradients, a.new_empty(1, a.shape[0], _norm_grid(a, g, False)[1], dtype=torch.float32)
 
 
 @torch.library.custom_op("dit_dp::finished_norms", mutates_args=())

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_dp.clipping.contributions import Contribution, Direct, Outer, PositionSums, Rows, float32, sum_float32
+from dit_dp.clipping.contributions import Contribution, Direct, Outer, Rows, float32, sum_float32
 
 
 class Rule(ABC):
@@ -59,10 +59,9 @@ class LinearRule(Rule):
         rows = x.shape[0]
         a, g = x.reshape(rows, -1, x.shape[-1]), g.reshape(rows, -1, g.shape[-1])
         trains_bias = module.bias is not None and module.bias.requires_grad
-        sums = PositionSums(g) if trains_bias else None
         return (
-            Outer(a, g, sums) if module.weight.requires_grad else None,
-            Direct(sums) if sums is not None else None,
+            Outer(a, g) if module.weight.requires_grad else None,
+            Direct(sum_float32(g, 1)) if trains_bias else None,
         )
 
 

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dit_dp.clipping.contributions import CANCELLED, GRAM_ROUNDING, Outer, OuterRule, PositionSums, float32, not_below
+from dit_dp.clipping.contributions import CANCELLED, GRAM_ROUNDING, Outer, OuterRule, float32, not_below
 from dit_dp.clipping.hardware import hardware
-from dit_dp.clipping.launch import finished_norms, gram_partials_and_sums, kernel_tile, norm_partials, runs_kernels
+from dit_dp.clipping.launch import finished_norms, kernel_tile, norm_partials, runs_kernels
 
 SCRATCH = 2**17
 """Numbers of scratch: 512 KiB in float32, half of a usual second-level cache."""
@@ -43,13 +43,12 @@ def norm_rule_of(a: Tensor, g: Tensor) -> OuterRule:
     return norm_rule(a.shape[1], a.shape[2], g.shape[2], tile)
 
 
-def squared_norms(a: Tensor, g: Tensor, sums: PositionSums | None = None) -> Tensor:
+def squared_norms(a: Tensor, g: Tensor) -> Tensor:
     """Return ``|g_i^T a_i|_F^2``, (N,), in float32, or float64 for float64 operands.
 
     Args:
         a: (N, T, d) inputs, N >= 1, any strides.
         g: (N, T, p) output gradients of the same dtype.
-        sums: Those of g, supplied if they come with the norms.
 
     Raises:
         UsageError: The operands are on a CUDA device and triton is not installed.
@@ -62,12 +61,7 @@ def squared_norms(a: Tensor, g: Tensor, sums: PositionSums | None = None) -> Ten
     if rule == "outer product":
         return Outer(a, g).squared_norms(rule)
     if runs_kernels(a):
-        if rule == "ghost" and sums is not None:
-            partial, parts = gram_partials_and_sums(a, g)
-            sums.supply(parts.sum(1))
-        else:
-            partial = norm_partials(a, g, rule == "ghost")
-        squares: Tensor = finished_norms(partial, LOST_SHARE, CANCELLED)
+        squares: Tensor = finished_norms(norm_partials(a, g, rule == "ghost"), LOST_SHARE, CANCELLED)
         return squares
     squares = hardware().apply(gram_squares if rule == "ghost" else direct_squares, a, g)
     return squares.clamp(min=0)  # a Gram sum of a zero gradient can round below zero

@@ -146,9 +146,8 @@ def prepared(
     function = kernels.gram_kernel if kernel == "gram" else kernels.direct_kernel
     tuned = kernel_calls.tuned(function, how.warps, (how.depth,))
     written = [partial]
-    if kernel == "gram":  # a bias's gradients come with the norm, as in the engine
-        written.append(torch.full((n, tiles, p), float("nan"), device=a.device))
-        compiled["SUMS"] = True
+    if kernel == "direct":
+        written, compiled = [partial, partial], {**compiled, "KEEP": False}
     call = (x, *a.stride(), y, *g.stride(), *written, t, d, p)
     return lambda: tuned[(n * programs,)](*call, **compiled), partial
 

@@ -60,18 +60,18 @@ def _norm_partials(a: Tensor, g: Tensor, gram: bool) -> int:
     return int(2 * examples * positions * width * g.shape[2])
 
 
-def _gram_partials_and_sums(a: Tensor, g: Tensor) -> int:
-    return _norm_partials(a, g, True)
-
-
 def _weighted_sums(a: Tensor, g: Tensor, *others: Any) -> int:
     examples, positions, width = a.shape
     return int(2 * examples * positions * width * g.shape[2])
 
 
+def _kept_gradients(a: Tensor, g: Tensor) -> int:
+    return _norm_partials(a, g, False)
+
+
 KERNELS: dict[str, Callable[..., int]] = {
     "dit_dp::norm_partials": _norm_partials,
-    "dit_dp::gram_partials_and_sums": _gram_partials_and_sums,
+    "dit_dp::kept_gradients": _kept_gradients,
     "dit_dp::weighted_sums": _weighted_sums,
 }
 """By operation of ours (`dit_dp.clipping.launch`)."""

@@ -119,8 +119,9 @@ def rule_seconds(rates: Rates) -> Callable[[str, int, Any], float]:
         gradients = 4 * units * width * out_width
         products = 2 * units * positions * width * out_width
         total = 4 * width * out_width
-        if rule == "keep":  # formed and written, read for the norm, read for the sum
-            return max(products / rate, (operands + gradients) / bandwidth) + (2 * gradients + total) / bandwidth
+        if rule == "keep":  # formed and written, read for the norm unless a kernel took it, read for the sum
+            reads = 1 if size == 2 else 2
+            return max(products / rate, (operands + gradients) / bandwidth) + (reads * gradients + total) / bandwidth
         clipped_sum = max(products / rate, (operands + 2 * total) / bandwidth)
         if rule == "direct":  # formed, squared, dropped
             return clipped_sum + max(products / rate, (operands + 2 * gradients) / bandwidth)

@@ -81,20 +81,15 @@ def test_a_prediction_sees_the_operator_as_it_is(gram: bool) -> None:
     torch.library.opcheck(launch.norm_partials, (*inputs, gram), test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("positions", [20, 128, 150])
 @pytest.mark.parametrize("strided", [False, True])
-def test_sums_over_positions_come_with_the_norms(dtype: torch.dtype, positions: int, strided: bool) -> None:
-    a, g = operands(2, positions, 30, 70, dtype, 0, strided)
-    partial, parts = launch.gram_partials_and_sums(a, g)
-    torch.testing.assert_close(partial, launch.norm_partials(a, g, True), rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(parts.sum(1).double(), g.double().sum(1), rtol=1e-5, atol=1e-5)
-    torch.library.opcheck(launch.gram_partials_and_sums, (a, g), test_utils=("test_schema", "test_faketensor"))
-    few = g[:, :8]  # so few that Gram matrices cost less than gradients
-    sums = contributions.PositionSums(few)
-    tiled.squared_norms(a[:, :8], few, sums)
-    few.zero_()
-    assert bool((sums.value != 0).all()), "supplied by the kernel, not taken now"
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kept_gradients_come_with_their_norms(dtype: torch.dtype, strided: bool) -> None:
+    a, g = operands(2, 40, 30, 150, dtype, 0, strided)
+    kept, squares = contributions.Outer(a, g).kept(torch.Size((150, 30)))
+    wanted = torch.bmm(g.double().transpose(1, 2), a.double())
+    torch.testing.assert_close(kept.value.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(squares.double(), wanted.square().sum((1, 2)), rtol=1e-5, atol=0)
+    torch.library.opcheck(launch.kept_gradients, (a, g), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("kernel", [kernels.gram_kernel, kernels.direct_kernel])
@@ -106,8 +101,8 @@ def test_the_tuner_changes_no_number(kernel: object) -> None:
         partial = torch.zeros(2, 1, 6) if gram else torch.zeros(1, 1, 4)
         launch = kernel_calls.tuned(kernel, 4, depths)
         launch[(partial[0].numel(),)](
-            a, *a.stride(), g, *g.stride(), *[partial] * (1 + gram), 40, 20, 24, TILE=16, BLOCK=16,
-            A_LAYOUT="pointers", G_LAYOUT="pointers", UPCAST=False, **({"SUMS": False} if gram else {}),
+            a, *a.stride(), g, *g.stride(), *[partial] * (1 if gram else 2), 40, 20, 24, TILE=16, BLOCK=16,
+            A_LAYOUT="pointers", G_LAYOUT="pointers", UPCAST=False, **({} if gram else {"KEEP": False}),
         )  # fmt: skip
         results.append(partial)
     assert torch.equal(*results)

@@ -26,32 +26,22 @@ def test_kernels_by_tritons_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def compiled(
-    kernel: Any,
-    element: str,
-    tile: int,
-    warps: int,
-    layout: str = "pointers",
-    *,
-    whole: bool = False,
-    sums: bool = False,
-) -> str:
+def compiled(kernel: Any, element: str, tile: int, warps: int, layout: str = "pointers", *, whole: bool = False) -> str:
     """Return the PTX of a kernel for sm_90, operands with contiguous features and sizes that 16 divides."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     block = 32 if layout == "pointers" else 64
     sides = (256, 128) if whole else (tile, tile)
-    constants = {
-        "a_feature": 1,
-        "g_feature": 1,
-        "TILE": tile,
-        "BLOCK": block,
-        "UPCAST": False,
-        "WHOLE": whole,
-        "SUMS": sums,
+    constants = {"a_feature": 1, "g_feature": 1, "TILE": tile, "BLOCK": block, "UPCAST": False, "WHOLE": whole}
+    constants |= {
+        "KEEP": True,
+        "ADD": True,
+        "A_LAYOUT": layout,
+        "G_LAYOUT": layout,
+        "ROWS": sides[0],
+        "COLUMNS": sides[1],
     }
-    constants |= {"ADD": True, "A_LAYOUT": layout, "G_LAYOUT": layout, "ROWS": sides[0], "COLUMNS": sides[1]}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     a = g = f"*{element}"
     if layout != "pointers":
@@ -61,7 +51,7 @@ def compiled(
             f"tensordesc<{element}{[1, *sizes] if layout == 'positions first' else [1, *sizes[::-1]]}>"
             for sizes in tiles
         )
-    pointers = {"a": a, "g": g, "partial": "*fp32", "sums": "*fp32", "factors": "*fp32", "out": "*fp32"}
+    pointers = {"a": a, "g": g, "partial": "*fp32", "kept": "*fp32", "factors": "*fp32", "out": "*fp32"}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     attributes = {
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name not in constants
@@ -101,16 +91,6 @@ def test_operands_are_fetched_by_descriptors_on_sm_90(
     assert "cp.async.bulk.tensor" in ptx
     assert "wgmma" in ptx
     assert ".local" not in ptx
-
-
-def test_gram_matrices_that_bring_sums_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit_dp.clipping import kernels
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    ptx = compiled(kernels.gram_kernel, "bf16", 128, 8, "positions first", sums=True)
-    assert "wgmma" in ptx
-    assert ".local" not in ptx
-    assert not re.search(r"\b(atom|red)\.", ptx)
 
 
 def test_clipped_sums_of_whole_examples_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
