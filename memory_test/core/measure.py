@@ -237,7 +237,8 @@ def summarise(reading: MemoryReading, times: Times, steady: range, peak_rss: int
         peak = max(held[0] for (step, _), held in reading.peaks.items() if step in later)
         first = max(held[0] for (step, _), held in reading.peaks.items() if step == 1)
         reserved = max(held[1] for held in reading.peaks.values())
-    use = max(reading.device_use.values(), key=lambda u: u.used_bytes or 0) if reading.device_use else None
+    uses = reading.device_use.values()  # of the process, if it is seen: others on the device come and go
+    use = max(uses, key=lambda u: (u.process_bytes or 0, u.used_bytes or 0)) if uses else None
     return Repeat(
         first_step_peak_allocated_bytes=first,
         peak_allocated_bytes=peak,

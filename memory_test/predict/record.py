@@ -56,7 +56,7 @@ def predicted_record(
         environment=environment,
         timeline=repeat.timeline,
         failure=None if failure is None else _failure(failure, card, settings),
-        error_band=band.of(card, resolved, found.choices["attention_kernels"], environment.torch_version),
+        error_band=band.of(card, resolved, environment.torch_version),
         repeats=[repeat],
     )
 

@@ -8,7 +8,7 @@ from memory_test.predict.rates import Calibration
 from memory_test.predict.roofline import Rates, step_seconds
 
 _ATTENTION = {
-    "cudnn": "cuDNN's kernel, whose workspaces are not yet calibrated on a GPU: counted as none",
+    "cudnn": "cuDNN's kernel, counted without workspaces: on an H100 none showed",
     "flash": "the flash kernel",
     "efficient": "the memory-efficient kernel",
     "math": "plain products: no fused kernel takes these operands",
@@ -23,7 +23,7 @@ def describe_prediction(record: Record, card: Card | None) -> str:
     lines = [f"peak        {format_bytes(record.peak_allocated_bytes)} allocated ± {band.peak_allocated:.1%}"]
     if record.peak_reserved_bytes is not None:
         lines[0] += f", {format_bytes(record.peak_reserved_bytes)} reserved"
-        lines[0] += " (error unknown)" if band.peak_reserved is None else f" ± {band.peak_reserved:.0%}"
+        lines[0] += " (error unknown)" if band.peak_reserved is None else f" ± {band.peak_reserved:.1%}"
     if card is not None:
         lines += _use(record, card)
     phase = max(record.phases, key=lambda name: record.phases[name].peak_allocated_bytes or 0)
@@ -48,7 +48,7 @@ def describe_prediction(record: Record, card: Card | None) -> str:
 
 def _use(record: Record, card: Card) -> list[str]:
     total, failure = record.repeats[0].device_used_bytes or 0, record.failure
-    context = f"with a CUDA context of {format_bytes(card.context_bytes)} (assumed)"
+    context = f"with a CUDA context of {format_bytes(card.context_bytes)} (an H100's)"
     line = f"device use  {format_bytes(total)} {context}; {card.name} has {format_bytes(card.memory_bytes)}"
     if failure is None:
         return [f"{line}: fits, {format_bytes(max(0, card.memory_bytes - total))} left"]

@@ -19,9 +19,9 @@ def test_a_prediction_is_printed_and_leaves_record_page_and_snapshot(tmp_path: P
     files = ("--output", "r.json", "--timeline", "t.html", "--snapshot", "s.pickle")
     done = run("predict", "--experiment", "bookkeeping", *SMALL, "--batch-size", 8, *files, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for words in ("allocated ± 0.5%", "reserved ± 3%", "CUDA context of 600 MiB", "H100-80GB has 79.10 GiB: fits"):
+    for words in ("allocated ± 0.5%", "reserved ± 3.5%", "CUDA context of 772 MiB", "H100-80GB has 79.10 GiB: fits"):
         assert words in done.stdout
-    assert "not yet compared with a GPU" in done.stdout
+    assert "largest error on an H100" in done.stdout
     record = store.load(tmp_path / "r.json")
     assert (record.status, record.source, record.experiment) == ("ok", "predicted", "bookkeeping")
     assert record.error_band is not None

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from memory_test.report.systems import naive_attention_bytes, systems_page
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-KINDS = "table|comparison|emulator|workloads|attention|pixels|norms|counts|off|mnist"
+KINDS = "table|comparison|emulator|workloads|attention|pixels|norms|counts|off|mnist|gpu|gpupeaks"
 MARKED = re.compile(rf"<!-- ({KINDS}): (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -31,6 +32,8 @@ def generated(kind: str, folder: Path) -> str:
         return attention_line(folder)
     if kind == "pixels":
         return pixels_line(folder)
+    if kind in FOLDERS:
+        return FOLDERS[kind](folder)
     if kind in PAGES:
         return PAGES[kind](json.loads((folder / "record.json").read_text(encoding="utf-8")))
     if kind == "emulator":
@@ -176,6 +179,71 @@ def off_line(record: dict[str, Any]) -> str:
         f"([record](results/tests/record.json), `make test-full`).\n"
     )
 
+
+def gpu_table(folder: Path) -> str:
+    """Return methods at the largest batches: `auto` from the paired comparison, peers from steps of their own."""
+    pair = load(folder / "ratios-edge" / "t256-n128.json")
+    auto, ordinary = (next(c for c in pair.contenders if c.label == label) for label in ("auto", "vanilla"))
+    found = {}
+    for path in (folder / "largest").glob("*.json"):
+        record = store.load(path)
+        found[record.experiment, record.config_requested["image_size"]] = record
+
+    def seconds(name: str, size: int) -> float:
+        return median(found[name, size].step_times_s)
+
+    def peer(size: int) -> str:
+        peaks = [format_bytes(found[name, size].peak_allocated_bytes) for name in ("vanilla", "opacus-ghost")]
+        ratio = seconds("opacus-ghost", size) / seconds("vanilla", size)
+        return f"{ratio:.2f} / {peaks[1]} (ordinary {1e3 * seconds('vanilla', size):.0f} ms / {peaks[0]})"
+
+    ratio, bare, where = auto.time_ratio, auto.time_ratio_without_noise, pair.environment
+    peaks = [format_bytes(contender.peak_allocated_bytes) for contender in (auto, ordinary)]
+    lines = [
+        "| DiT-XL/2, bf16 | 256 px, T = 256, batch 128 | 512 px, T = 1024, batch 32 |",
+        "| :-- | :-- | :-- |",
+        f"| `auto` | {ratio.median:.3f} ({bare.median:.3f} without the noise) / {peaks[0]} (ordinary "
+        f"{1e3 * median(ordinary.step_times_s):.0f} ms / {peaks[1]}) | not yet measured |",
+        f"| `opacus-ghost` | {peer(256)} | {peer(512)} |",
+        "",
+        f"{where.device_name}, torch {where.torch_version}, driver {where.driver_version}, commit {where.commit[:12]}. "
+        f"At T = 256, `auto` takes {1 / ratio.median:.2f} of ordinary training's examples/s, "
+        f"{seconds('opacus-ghost', 256) / median(auto.step_times_s):.2f} times those of Opacus's ghost clipping.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def gpu_peaks(folder: Path) -> str:
+    """Return how far predictions are off on the GPU: where the same rules were chosen, and where not."""
+    record = json.loads((folder / "prediction" / "report" / "prediction.json").read_text(encoding="utf-8"))
+    cells, where = record["configurations"], record["environment"]
+    same, others = ([c for c in cells if c["choices_agree"] == agree] for agree in (True, False))
+
+    def errors(name: str) -> tuple[float, float]:
+        found = [abs(cell["relative_errors"][f"peak_{name}_bytes"]) for cell in same]
+        return median(found), max(found)
+
+    allocated, reserved = errors("allocated"), errors("reserved")
+    off = max(abs(cell["relative_errors"]["peak_allocated_bytes"]) for cell in others)
+    pairs = []
+    for path in (folder / "largest").glob("*.json"):
+        measured = store.load(path)
+        asked = measured.config_requested
+        name = f"{measured.experiment}-{asked['image_size']}px-b{asked['batch_size']}.json"
+        predicted = store.load(folder / "largest_predicted" / name).peak_allocated_bytes
+        pairs.append(abs(predicted / measured.peak_allocated_bytes - 1))
+    return (
+        f"On an **H100**, {len(same)} small configurations: peak allocated off by {allocated[0]:.3%} (median), "
+        f"{allocated[1]:.2%} (worst); reserved by {reserved[0]:.2%} and {reserved[1]:.2%}. In {len(others)} more, of "
+        f"`auto`, which times its rules on the device, others were chosen than predicted, and memory was off by up to "
+        f"{off:.0%} (commit {where['commit'][:12]}{' with local changes' if where['dirty'] else ''}; rules have since "
+        f"been timed at the batch's own size, and that has not been compared again). At DiT-XL/2's largest batches, "
+        f"{len(pairs)} configurations: off by {max(pairs):.3%} at most ([records](results/h100)).\n"
+    )
+
+
+FOLDERS = {"gpu": gpu_table, "gpupeaks": gpu_peaks}
+"""Kinds that read several records of a folder."""
 
 PAGES = {"norms": norms_page, "mnist": mnist_table, "counts": counts_line, "off": off_line}
 """Kinds whose folder holds one ``record.json``."""
