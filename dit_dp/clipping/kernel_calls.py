@@ -8,7 +8,6 @@ Shapes: N examples, T positions, d inputs, p outputs.
 
 import time
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -28,8 +27,8 @@ PIPELINE_DEPTHS = (3,) if INTERPRETED else (2, 3, 4)
 MOST_BLOCKS = 4
 """Blocks of operands that a program of clipped sums has under way, if its multiprocessor's memory holds as many."""
 
-RESERVED_BYTES = 2048
-"""Shared memory that a program takes besides operands."""
+RESERVED_BYTES = 3072
+"""Of a multiprocessor's shared memory, what the driver takes and what a program takes besides operands."""
 
 
 def gram_partials(a: Tensor, g: Tensor, partial: Tensor, tile: int) -> None:
@@ -144,13 +143,10 @@ def sum_warps(tile: SumTile) -> int:
 def sum_depth(tile: SumTile, operand: Tensor) -> int:
     """Return how many blocks of operands are under way: what the multiprocessor holds."""
     each = (tile.rows + tile.columns) * tile.block * operand.element_size()
-    return max(1, min(MOST_BLOCKS, (_shared_bytes(operand.device.index or 0) - RESERVED_BYTES) // each))
-
-
-@cache
-def _shared_bytes(device: int) -> int:
-    """Return the memory of a multiprocessor that one program can have."""
-    return 0 if INTERPRETED else int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
+    if INTERPRETED:
+        return 1
+    there = int(torch.cuda.get_device_properties(operand.device).shared_memory_per_multiprocessor)
+    return max(1, min(MOST_BLOCKS, (there - RESERVED_BYTES) // each))
 
 
 def block(inner: int, dtype: torch.dtype) -> int:

@@ -16,15 +16,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dit_dp.clipping.contributions import CANCELLED, GRAM_ROUNDING, Outer, OuterRule, float32, not_below
+from dit_dp.clipping.contributions import CANCELLED, Outer, OuterRule, float32, lost_share, not_below
 from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.launch import finished_norms, kernel_tile, norm_partials, runs_kernels
 
 SCRATCH = 2**17
 """Numbers of scratch: 512 KiB in float32, half of a usual second-level cache."""
-
-LOST_SHARE = GRAM_ROUNDING * torch.finfo(torch.float32).eps
-"""Share of the terms' absolute values that rounding can have taken from a Gram sum in float32."""
 
 SPAN = 1024
 """Longest side of a tile: long enough for matrix products at full speed beside 64 of the other side."""
@@ -61,7 +58,7 @@ def squared_norms(a: Tensor, g: Tensor) -> Tensor:
     if rule == "outer product":
         return Outer(a, g).squared_norms(rule)
     if runs_kernels(a):
-        squares: Tensor = finished_norms(norm_partials(a, g, rule == "ghost"), LOST_SHARE, CANCELLED)
+        squares: Tensor = finished_norms(norm_partials(a, g, rule == "ghost"), lost_share(a, g), CANCELLED)
         return squares
     squares = hardware().apply(gram_squares if rule == "ghost" else direct_squares, a, g)
     return squares.clamp(min=0)  # a Gram sum of a zero gradient can round below zero

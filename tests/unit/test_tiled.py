@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dit_dp import clipping
-from dit_dp.clipping import attach, launch, tiled
+from dit_dp.clipping import attach, contributions, launch, tiled
+from dit_dp.clipping.hardware import hardware
 from dit_dp.errors import UsageError
 from tests.models import make_case
 from tests.operands import float64_squares, operands
@@ -104,6 +105,18 @@ def test_a_broken_example_breaks_no_other() -> None:
             broken = tiled.squared_norms(a, g)
             assert not torch.isfinite(broken[1])
             torch.testing.assert_close(broken[[0, 2]], whole[[0, 2]])
+
+
+def test_what_tensor_cores_cut_off_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 was seen to lose 250 units of float32's epsilon at DiT-XL's widths, for which 728 are allowed."""
+    epsilon = torch.finfo(torch.float32).eps
+    a, g = torch.ones(2, 4, 1152), torch.ones(2, 4, 4608)
+    assert contributions.lost_share(a, g) == contributions.GRAM_ROUNDING * epsilon
+    monkeypatch.setattr(hardware(), "is_cuda", lambda tensor: True)
+    assert contributions.lost_share(a, g) == contributions.GRAM_ROUNDING * epsilon, "float32 is multiplied as such"
+    assert contributions.lost_share(a.bfloat16(), g.bfloat16()) == 728 * epsilon
+    raised = contributions.not_below(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 100.0]), 728 * epsilon)
+    assert raised.tolist() == [1.0, pytest.approx(1 + 72800 * epsilon)]
 
 
 def test_norms_are_the_same_every_time() -> None:
