@@ -31,7 +31,10 @@ BookRule = Literal["keep", "ghost", "direct", "tiled", "outer product"]
 """How a weight's norm is taken; all but `keep` book its operands."""
 
 AHEAD = 32
-"""Sums that ask whether every unit is finite, and so wait for a GPU, go after others, which keep it busy meanwhile."""
+"""So many small sums that ask whether every unit is finite, and wait for a GPU, go after others that keep it busy."""
+
+SMALL = 2**20
+"""Numbers of operands up to which a sum is small."""
 
 KEEP_UP_TO = 1.25
 """Keeping spares the Gram matrices, 6 to 22 % of a step's operations, and is worth that much more memory."""
@@ -69,7 +72,7 @@ class BookkeepingEngine(WatchedEngine):
         waiting: list[tuple[nn.Parameter, Contribution]] = []
         while self._book:  # newest first, freed as it goes
             parameter, part = self._book.pop()
-            if len(waiting) < AHEAD and hardware().is_cuda(losses) and not (isinstance(part, Outer) and part.by_kernel):
+            if len(waiting) < AHEAD and hardware().is_cuda(losses) and _asks(part):
                 waiting.append((parameter, part))
             else:
                 self._add(parameter, part)
@@ -134,6 +137,13 @@ class BookkeepingEngine(WatchedEngine):
             elif isinstance(part, Outer):
                 yield "kept_for_clipping", part.a
                 yield "kept_for_clipping", part.g
+
+
+def _asks(part: Contribution) -> bool:
+    """Return whether a small sum asks which units count: a kernel's need not, and what is large is freed at once."""
+    if isinstance(part, Outer):
+        return not part.by_kernel and part.a.numel() + part.g.numel() <= SMALL
+    return (part.value if isinstance(part, Direct) else part.g).numel() <= SMALL
 
 
 def _keeps(positions: int, width: int, out_width: int, keep_up_to: float) -> bool:

@@ -38,8 +38,8 @@ for positions that are equal up to their sign, 5 of these units were found, for 
 TENSOR_CORE_DEPTH = 16
 """Half-precision products that a tensor core adds at once; the sum so far is then cut to float32, not rounded.
 
-A Gram sum of DiT-XL's widths, 1152 and 4608, was too small by 250 units of `GRAM_ROUNDING` on an H100, where 360 such
-cuts are made."""
+In trials on an H100 a Gram sum of DiT-XL's widths, 1152 and 4608, was too small by 250 units of `GRAM_ROUNDING`, where
+360 such cuts are made."""
 
 CANCELLED = 1e-4
 """Share of a squared norm that rounding may take without more ado: a contribution is then at most C (1 + 1e-4 / 2)."""
@@ -148,7 +148,8 @@ class Outer:
         On CUDA a kernel weighs each example's product in registers; elsewhere bf16 operands are copied to float32.
         """
         a, g = self.a, self.g
-        if (grad is None or grad.dtype == torch.float32) and self.by_kernel:
+        ready = grad is None or (grad.dtype == torch.float32 and grad.is_contiguous())
+        if ready and self.by_kernel:
             flat = None if grad is None else grad.view(g.shape[2], -1)
             return weighted_sum(a, g, factors, flat).view(shape)
         keep = kept()
@@ -158,7 +159,7 @@ class Outer:
         weights = factors[:, None, None].to(a.dtype)
         a, g = (a * weights, g) if a.shape[2] <= g.shape[2] else (a, g * weights)
         left, right = g.flatten(0, 1).T, a.flatten(0, 1)
-        if grad is None or grad.dtype != left.dtype:
+        if grad is None or grad.dtype != left.dtype or not grad.is_contiguous():
             return _added(grad, (left @ right).view(shape))
         grad.view(left.shape[0], -1).addmm_(left, right)
         return grad

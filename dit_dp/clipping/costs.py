@@ -13,6 +13,7 @@ import torch
 
 from dit_dp.clipping import tiled
 from dit_dp.clipping.contributions import Outer, everyone
+from dit_dp.clipping.hardware import hardware
 from dit_dp.clipping.lives import WeightCall
 from dit_dp.clipping.planner import RULES
 
@@ -22,8 +23,9 @@ REPEATS = 5
 MOST_UNITS = 4
 """Units that a CPU measures at once; more cost in proportion."""
 
-CUDA_BYTES = 2**30
-"""A GPU measures as many at once as have per-unit gradients of so many bytes: fewer than fill it would tell nothing."""
+CUDA_BYTES, CUDA_SHARE = 2**31, 0.25
+"""A GPU measures more at once, since few would not fill it: a power of two whose operands and gradients take at most so
+many bytes, and at most that share of what is free."""
 
 
 def measured(device: torch.device, dtype: torch.dtype) -> Callable[[str, int, WeightCall], float]:
@@ -33,10 +35,13 @@ def measured(device: torch.device, dtype: torch.dtype) -> Callable[[str, int, We
         device: Where the operands are.
         dtype: Of the parameters; operands of 2 bytes an element are taken for bf16.
     """
+    room = min(CUDA_BYTES, int(CUDA_SHARE * hardware().free_bytes(device))) if device.type == "cuda" else 0
 
     def cost(rule: str, batch: int, call: WeightCall) -> float:
-        most = MOST_UNITS if device.type != "cuda" else max(1, CUDA_BYTES // (4 * call.width * call.out_width))
-        units = min(batch, most)
+        units = min(batch, MOST_UNITS)
+        if device.type == "cuda":
+            each = 4 * call.width * call.out_width + 6 * call.positions * (call.width + call.out_width)
+            units = 1 << (max(1, min(batch, room // each)).bit_length() - 1)
         kind = torch.bfloat16 if call.element_size == 2 else dtype
         seconds = _seconds(units, call.positions, call.width, call.out_width, kind, device)
         return seconds[rule] * batch / units
@@ -52,7 +57,7 @@ def _seconds(
     generator = torch.Generator(device=device).manual_seed(0)  # the global state of random numbers is left alone
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=device).normal_(generator=generator).to(dtype)
+        return torch.empty(shape, device=device, dtype=dtype).normal_(generator=generator)
 
     outer = Outer(normal(units, positions, width), normal(units, positions, out_width))
     factors = torch.ones(units, device=device)

@@ -54,7 +54,7 @@ class Hardware:
         answer = torch.empty((), dtype=torch.bool, pin_memory=True)
         answer.copy_(condition, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(condition.device))
 
         def said() -> bool:
             arrived.synchronize()

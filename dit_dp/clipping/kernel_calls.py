@@ -102,8 +102,10 @@ def handed(operand: Tensor, positions: int, features: int) -> tuple[Any, str]:
 
 def is_describable(operand: Tensor) -> bool:
     """Return whether a descriptor can stand for an operand: rows without gaps, each at a multiple of 16 bytes."""
+    steps = [step for step, size in zip(operand.stride()[:2], operand.shape[:2], strict=True) if size > 1]
     places = (operand.storage_offset(), *operand.stride()[:2])
-    return operand.stride(2) == 1 and all(place * operand.element_size() % 16 == 0 for place in places)
+    aligned = all(place * operand.element_size() % 16 == 0 for place in places)
+    return operand.stride(2) == 1 and aligned and all(step > 0 for step in steps)
 
 
 def upcast(operand: Tensor) -> bool:

@@ -2,8 +2,8 @@
 
 A step over ranks is the step of one rank that holds everybody's units. A unit lives whole on one rank, so norms and
 clip factors need no communication. Each rank accumulates its own units' clipped sum; `privatize` sums over the ranks
-once, then every rank adds the same noise, drawn from generators in the same state, and divides by the expected batch
-of all ranks together. Added by each rank from a source of its own, the noise would have the variance of as many
+once, then every rank divides by the expected batch of all ranks together and adds the same noise, drawn from generators
+in the same state. Added by each rank from a source of its own, the noise would have the variance of as many
 draws, and the replicas would part.
 """
 

@@ -74,8 +74,11 @@ class Trial:
         return ExperimentConfig(**{**self.case.changes, "device": self.device})
 
     def lanes(self, available: int) -> int:
-        """Return how many of the lanes that there are it takes, so that those beside it do not move its peaks."""
-        if self.usable_bytes is not None and self.usable_bytes > LARGE_CAP:
+        """Return how many of the lanes that there are it takes, so that those beside it do not move its peaks.
+
+        `auto` takes all: it times its rules, and by default its budget is what is free.
+        """
+        if self.case.changes["experiment"] == "auto" or (self.usable_bytes or 0) > LARGE_CAP:
             return available
         return -(-available // 2) if self.case.changes["model"] in LARGE_MODELS else 1
 

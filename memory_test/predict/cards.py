@@ -11,7 +11,7 @@ from memory_test.core.units import GIB, MIB
 
 CONTEXT_BYTES = 772 * MIB
 """What a process holds on a card beside the allocator's: CUDA's context and kernels. On an H100, torch 2.11, CUDA 13.0,
-762 to 774 MiB by NVML (results/h100); taken for other cards too, of which none was measured."""
+770 to 776 MiB by NVML in most processes of results/h100; taken for other cards too, of which none was measured."""
 
 
 Attention = Literal["auto", "cudnn", "flash", "efficient", "math"]

@@ -232,11 +232,13 @@ def gpu_peaks(folder: Path) -> str:
         name = f"{measured.experiment}-{asked['image_size']}px-b{asked['batch_size']}.json"
         predicted = store.load(folder / "largest_predicted" / name).peak_allocated_bytes
         pairs.append(abs(predicted / measured.peak_allocated_bytes - 1))
+    changed = " with local changes" if where["dirty"] else ""
     return (
-        f"On an **H100**, {len(same)} small configurations: peak allocated off by {allocated[0]:.3%} (median), "
+        f"On an **H100**, {len(same)} small configurations, four at a time on the card: peak allocated off by "
+        f"{allocated[0]:.3%} (median), "
         f"{allocated[1]:.2%} (worst); reserved by {reserved[0]:.2%} and {reserved[1]:.2%}. In {len(others)} more, of "
-        f"`auto`, which times its rules on the device, others were chosen than predicted, and memory was off by up to "
-        f"{off:.0%} (commit {where['commit'][:12]}{' with local changes' if where['dirty'] else ''}; rules have since "
+        f"`auto`, which times its rules on the device, here beside others, rules were chosen that were not predicted, "
+        f"and memory was off by up to {off:.0%} (commit {where['commit'][:12]}{changed}; rules have since "
         f"been timed at the batch's own size, and that has not been compared again). At DiT-XL/2's largest batches, "
         f"{len(pairs)} configurations: off by {max(pairs):.3%} at most ([records](results/h100)).\n"
     )

@@ -92,6 +92,46 @@ def test_kept_gradients_come_with_their_norms(dtype: torch.dtype, strided: bool)
     torch.library.opcheck(launch.kept_gradients, (a, g), test_utils=("test_schema", "test_faketensor"))
 
 
+def test_norms_are_finished_as_in_torch() -> None:
+    partial = torch.rand(2, 6, 40) - 0.5
+    partial[0, 1, 3], partial[0, 2, 5], partial[0, 3] = float("nan"), float("inf"), -1
+    partial[1] = partial[0].abs()
+    squares = launch.finished_norms(partial, 1e-3, 1e-4)
+    wanted = contributions.not_below(partial[0].sum(1), partial[1].sum(1), 1e-3).clamp(min=0)
+    torch.testing.assert_close(squares, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert squares[3] == 0
+    alone = launch.finished_norms(partial[:1, 4:], 1e-3, 1e-4)
+    torch.testing.assert_close(alone, partial[0, 4:].sum(1).clamp(min=0), rtol=1e-5, atol=1e-6)
+    torch.library.opcheck(launch.finished_norms, (partial, 1e-3, 1e-4), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_a_descriptor_can_stand_for() -> None:
+    x = torch.zeros(3, 16, 24, dtype=torch.bfloat16)
+    assert kernel_calls.is_describable(x)
+    assert kernel_calls.is_describable(x[:, :, 8:])
+    assert not kernel_calls.is_describable(x[:, :, 4:]), "begins between multiples of 16 bytes"
+    assert not kernel_calls.is_describable(x.transpose(1, 2))
+    assert kernel_calls.handed(x.transpose(1, 2), 16, 16)[1] == "features first"
+    assert not kernel_calls.is_describable(x[:, :1].expand(3, 16, 24)), "rows that are one row"
+    assert kernel_calls.handed(x[:, :, 1:], 16, 16)[1] == "pointers"
+
+
+def test_a_weight_that_is_not_contiguous_gets_its_own_gradient() -> None:
+    """An empty batch first: gradients of zeros are laid out as the weight is, which the kernel must not add to."""
+    torch.manual_seed(0)
+    model = nn.Linear(24, 40, bias=False).bfloat16()
+    model.weight = nn.Parameter(model.weight.detach().t().contiguous().t())
+    x, sums = torch.randn(1, 20, 24).bfloat16(), []
+    for batches in ([x], [x[:0], x]):
+        engine = attach(model, "ghost", max_grad_norm=0.1)
+        for batch in batches:
+            engine.accumulate(lambda m, b: m(b[0]).float().square().mean((1, 2)), (batch,))
+        sums.append(next(iter(engine.parameters.values())).grad.clone())
+        engine.zero_grad()
+        engine.detach()
+    torch.testing.assert_close(*sums)
+
+
 @pytest.mark.parametrize("kernel", [kernels.gram_kernel, kernels.direct_kernel])
 def test_the_tuner_changes_no_number(kernel: object) -> None:
     a, g = operands(1, 40, 20, 24, torch.float32, 0, False)

@@ -315,6 +315,8 @@ def test_small_memory_passes_share_the_card_and_large_ones_do_not(
     whole = dataclasses.replace(small, usable_bytes=72 * 2**30)
     groups = cases.side_by_side([small, small, large, large, large, whole, small], 4)
     assert list(groups) == [[small, small, large], [large, large], [whole], [small]]
+    alone = cases.Trial(next(c for c in CASES if c.changes["experiment"] == "auto"))
+    assert alone.lanes(4) == 4, "it times its rules, and takes what is free for its budget"
     assert list(cases.side_by_side([small, large, whole], 1)) == [[small], [large], [whole]]
 
     use = {"process_bytes": 1, "device_used_bytes": 2}

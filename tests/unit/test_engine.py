@@ -3,12 +3,13 @@
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dit_dp.clipping import METHODS, attach
+from dit_dp.clipping import METHODS, attach, bookkeeping
 from dit_dp.clipping.batch import Batch, clip_factors
 from dit_dp.clipping.reference import clipped_sum
 from dit_dp.errors import EngineStateError, LossShapeError, UnsupportedModelError, UsageError
@@ -252,6 +253,46 @@ def test_losses_are_back_propagated_once_and_with_a_graph() -> None:
     engine.zero_grad()
     with pytest.raises(LossShapeError, match="with a graph"):
         engine.backward(losses.detach())
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("method", ["bookkeeping", "flash_clip_bk", "lean", "auto"])
+def test_sums_that_wait_for_a_gpu_are_the_same(method: str, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sums, dropped = [], []
+    for waits in (False, True):
+        case = make_case("tokens")
+        weights = torch.ones(4)
+        weights[0] = float("nan") if broken else 1.0
+        pretended = SimpleNamespace(is_cuda=lambda tensor, waits=waits: waits)
+        monkeypatch.setattr(bookkeeping, "hardware", lambda pretended=pretended: pretended)
+        engine = attach(case.model, method, max_grad_norm=0.1)
+        for _ in range(2):
+            engine.accumulate(
+                lambda model, given, case=case: case.loss_fn(model, given[:-1]) * given[-1], (*case.batch, weights)
+            )
+        sums.append([p.grad.clone() for p in engine.parameters.values() if p.grad is not None])
+        dropped.append(engine.num_dropped)
+    assert dropped[0] == dropped[1] == 2 * broken
+    assert all(torch.equal(*pair) for pair in zip(*sums, strict=True))
+
+
+@pytest.mark.parametrize("method", ["ghost", "bookkeeping", "flash_clip_bk"])
+def test_gradients_of_zeros_laid_out_as_the_weight_is(method: str) -> None:
+    """An empty batch comes first; the sum that follows does not take another layout for granted."""
+    sums = []
+    for batches in ([4], [0, 4]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.Flatten(), nn.Linear(16, 5)).to(
+            memory_format=torch.channels_last
+        )
+        model[2].weight = nn.Parameter(model[2].weight.detach().t().contiguous().t())
+        x = torch.randn(4, 3, 4, 4)
+        engine = attach(model, method, max_grad_norm=0.1)
+        for size in batches:
+            engine.accumulate(lambda m, b: m(b[0]).square().mean(1), (x[:size],))
+        sums.append([p.grad.clone() for p in engine.parameters.values() if p.grad is not None])
+    for pair in zip(*sums, strict=True):
+        torch.testing.assert_close(*pair)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
