@@ -90,7 +90,7 @@ def lost_share(a: Tensor, g: Tensor) -> float:
     Twice what all cuts of tensor cores together were seen to take, where they multiply.
     """
     cuts = (a.shape[2] + g.shape[2]) / TENSOR_CORE_DEPTH if a.dtype in HALF and hardware().is_cuda(a) else 0.0
-    return float((GRAM_ROUNDING + 2 * cuts) * torch.finfo(torch.float32).eps)
+    return float((GRAM_ROUNDING + 2 * cuts) * torch.finfo(torch.promote_types(a.dtype, torch.float32)).eps)
 
 
 def not_below(squares: Tensor, sizes: Tensor, share: float | None = None) -> Tensor:
@@ -210,7 +210,7 @@ def _ghost_norms(a: Tensor, g: Tensor) -> Tensor:
         gram.mul_(bmm_float32(g[:, j : j + block], g[:, j:].transpose(1, 2)))
         total += 2 * gram.sum((1, 2)) - gram[:, :, :block].sum((1, 2))
         sizes += 2 * gram.abs_().sum((1, 2))
-    return not_below(total, sizes, lost_share(a, g) if a.dtype in HALF else None)
+    return not_below(total, sizes, lost_share(a, g))
 
 
 def _direct_norms(a: Tensor, g: Tensor) -> Tensor:

@@ -132,6 +132,43 @@ def gram_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _gradient(  # type: ignore[no-untyped-def]
+    total,
+    a,
+    a_example,
+    a_position,
+    a_feature,
+    g,
+    g_example,
+    g_position,
+    g_feature,
+    positions,
+    width,
+    out_width,
+    example,
+    position,
+    row,
+    column,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    A_LAYOUT: tl.constexpr,
+    G_LAYOUT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Return `total` plus a (ROWS, COLUMNS) tile of one example's ``g^T a`` over BLOCK positions from `position` on."""
+    y = _tile(
+        g, example, g_example, g_position, g_feature, positions, out_width, position, row,
+        BLOCK, ROWS, G_LAYOUT, UPCAST,
+    )  # fmt: skip
+    x = _tile(
+        a, example, a_example, a_position, a_feature, positions, width, position, column,
+        BLOCK, COLUMNS, A_LAYOUT, UPCAST,
+    )  # fmt: skip
+    return tl.dot(y.T, x, total, input_precision="ieee")
+
+
+@triton.jit
 def direct_kernel(  # type: ignore[no-untyped-def]
     a,
     a_example,
@@ -162,15 +199,11 @@ def direct_kernel(  # type: ignore[no-untyped-def]
     column = program % tiles % across * TILE
     gradient = tl.zeros((TILE, TILE), tl.float32)
     for position in range(0, positions, BLOCK):
-        y = _tile(
-            g, example, g_example, g_position, g_feature, positions, out_width, position, row,
-            BLOCK, TILE, G_LAYOUT, UPCAST,
+        gradient = _gradient(
+            gradient, a, a_example, a_position, a_feature, g, g_example, g_position, g_feature,
+            positions, width, out_width, example, position, row, column,
+            TILE, TILE, BLOCK, A_LAYOUT, G_LAYOUT, UPCAST,
         )  # fmt: skip
-        x = _tile(
-            a, example, a_example, a_position, a_feature, positions, width, position, column,
-            BLOCK, TILE, A_LAYOUT, UPCAST,
-        )  # fmt: skip
-        gradient = tl.dot(y.T, x, gradient, input_precision="ieee")
     if KEEP:
         rows = row + tl.arange(0, TILE)
         columns = column + tl.arange(0, TILE)
@@ -260,30 +293,23 @@ def weighted_sum_kernel(  # type: ignore[no-untyped-def]
             factor = tl.load(factors + example)
             product = tl.zeros((ROWS, COLUMNS), tl.float32)
             for position in range(0, positions, BLOCK):
-                y = _tile(
-                    g, example, g_example, g_position, g_feature, positions, out_width, position, row,
-                    BLOCK, ROWS, G_LAYOUT, UPCAST,
+                product = _gradient(
+                    product, a, a_example, a_position, a_feature, g, g_example, g_position, g_feature,
+                    positions, width, out_width, example, position, row, column,
+                    ROWS, COLUMNS, BLOCK, A_LAYOUT, G_LAYOUT, UPCAST,
                 )  # fmt: skip
-                x = _tile(
-                    a, example, a_example, a_position, a_feature, positions, width, position, column,
-                    BLOCK, COLUMNS, A_LAYOUT, UPCAST,
-                )  # fmt: skip
-                product = tl.dot(y.T, x, product, input_precision="ieee")
             total += tl.where(factor == 0, 0.0, factor * product)
     else:
         for step in range(first * blocks, last * blocks):
             example = step // blocks
             position = step % blocks * BLOCK
             factor = tl.load(factors + example)
-            y = _tile(
-                g, example, g_example, g_position, g_feature, positions, out_width, position, row,
-                BLOCK, ROWS, G_LAYOUT, UPCAST,
+            product = tl.zeros((ROWS, COLUMNS), tl.float32)
+            product = _gradient(
+                product, a, a_example, a_position, a_feature, g, g_example, g_position, g_feature,
+                positions, width, out_width, example, position, row, column,
+                ROWS, COLUMNS, BLOCK, A_LAYOUT, G_LAYOUT, UPCAST,
             )  # fmt: skip
-            x = _tile(
-                a, example, a_example, a_position, a_feature, positions, width, position, column,
-                BLOCK, COLUMNS, A_LAYOUT, UPCAST,
-            )  # fmt: skip
-            product = tl.dot(y.T, x, input_precision="ieee")
             total += tl.where(factor == 0, 0.0, factor * product)
     rows = row + tl.arange(0, ROWS)
     columns = column + tl.arange(0, COLUMNS)
