@@ -15,16 +15,18 @@ Operations over ordinary training: none with keep but two reads of the kept grad
 activations the backward has freed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from dit_dp import validate
 from dit_dp.clipping import tiled
-from dit_dp.clipping.contributions import Contribution, Direct, Outer, joined, joined_squared_norms
+from dit_dp.clipping.contributions import Contribution, Direct, Outer, float32, joined, joined_squared_norms
 from dit_dp.clipping.engine import LayerRule
 from dit_dp.clipping.hardware import hardware
+from dit_dp.clipping.precision import full_float32
 from dit_dp.clipping.watched import WatchedEngine
 
 BookRule = Literal["keep", "ghost", "direct", "tiled", "outer product"]
@@ -35,6 +37,12 @@ AHEAD = 32
 
 SMALL = 2**20
 """Numbers of operands up to which a sum is small."""
+
+SIDE_BY_SIDE = {False: 2**20, True: 2**24}
+"""So many numbers of gradients of biases and scales are taken together, by whether it is CUDA.
+
+Each by itself is a handful of tiny operations: on a GPU launches, on a CPU an interpreter whose caches products of
+matrices have just filled. Side by side they are copied once, which takes as much memory again for a moment."""
 
 KEEP_UP_TO = 1.25
 """Keeping spares the Gram matrices, 6 to 22 % of a step's operations, and is worth that much more memory."""
@@ -66,25 +74,76 @@ class BookkeepingEngine(WatchedEngine):
 
     def _attach(self) -> None:
         self._book: list[tuple[nn.Parameter, Contribution]] = []
+        self._vectors: list[tuple[nn.Parameter, Direct]] = []
+        self._num_waiting = 0
+        self._joined: list[tuple[list[nn.Parameter], Direct]] = []
         super()._attach()
+
+    def _take_norms(self, losses: Tensor) -> None:
+        super()._take_norms(losses)
+        with torch.no_grad():
+            self._join_vectors()
 
     def _sum(self, losses: Tensor) -> None:
         waiting: list[tuple[nn.Parameter, Contribution]] = []
-        while self._book:  # newest first, freed as it goes
-            parameter, part = self._book.pop()
-            if len(waiting) < AHEAD and hardware().is_cuda(losses) and _asks(part):
-                waiting.append((parameter, part))
-            else:
-                self._add(parameter, part)
-        while waiting:
-            self._add(*waiting.pop())
+        with full_float32():
+            while self._book:  # newest first, freed as it goes
+                parameter, part = self._book.pop()
+                if len(waiting) < AHEAD and hardware().is_cuda(losses) and _asks(part):
+                    waiting.append((parameter, part))
+                else:
+                    self._add(parameter, part)
+            while waiting:
+                self._add(*waiting.pop())
+            for parameter, total in self._joined_sums():
+                self._deposit(parameter, total)
+
+    def _joined_sums(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield the clipped sums of the gradients that were taken side by side, which are freed."""
+        assert self._factors is not None
+        while self._joined:
+            parameters, side_by_side = self._joined.pop()
+            size = torch.Size(side_by_side.value.shape[1:])
+            total = side_by_side.add_clipped(None, self._factors, size, self._kept_units)
+            sizes = [parameter.numel() for parameter in parameters]
+            parts: Sequence[Tensor] = torch.split_with_sizes_copy(total, sizes)  # type: ignore[func-returns-value,assignment]
+            for parameter, part in zip(parameters, parts, strict=True):
+                yield parameter, part.view(parameter.shape)
+
+    def _joins(self, parameter: nn.Parameter, part: Direct) -> bool:
+        """Have a small gradient wait for others; return whether it does."""
+        limit = SIDE_BY_SIDE[hardware().is_cuda(part.value)]
+        if part.value.numel() > limit:
+            return False
+        self._vectors.append((parameter, part))
+        self._num_waiting += part.value.numel()
+        if self._num_waiting > limit:
+            self._join_vectors()
+        return True
+
+    def _join_vectors(self) -> None:
+        """Take the norms of the gradients that wait, side by side as if one parameter's, and book them so."""
+        if self._vectors:
+            assert self._squares is not None
+            parameters = [parameter for parameter, _ in self._vectors]
+            rows = [float32(part.value).reshape(len(part.value), p.numel()) for p, part in self._vectors]
+            side_by_side = Direct(torch.cat(rows, 1))
+            self._vectors.clear()
+            self._num_waiting = 0
+            self._squares += side_by_side.squared_norms()
+            self._joined.append((parameters, side_by_side))
 
     def _forget(self) -> None:
         super()._forget()
         self._book.clear()
+        self._vectors.clear()
+        self._num_waiting = 0
+        self._joined.clear()
 
     def _settle(self, parameter: nn.Parameter, parts: list[Contribution]) -> None:
         assert self._squares is not None
+        if len(parts) == 1 and isinstance(parts[0], Direct) and self._joins(parameter, parts[0]):
+            return
         outers = [part for part in parts if isinstance(part, Outer)]
         if len(outers) < len(parts):  # rows of an embedding, biases and scales, or a mixture
             self._squares += joined_squared_norms(parts, parameter.shape)
@@ -131,7 +190,7 @@ class BookkeepingEngine(WatchedEngine):
 
     def tracked_tensors(self) -> Any:
         """Yield what is booked: kept gradients, and operands held for the clipped sum."""
-        for _, part in self._book:
+        for _, part in (*self._book, *self._vectors, *self._joined):
             if isinstance(part, Direct):
                 yield "per_example_gradients", part.value
             elif isinstance(part, Outer):

@@ -38,12 +38,13 @@ class ShardedBookkeepingEngine(BookkeepingEngine):
             parameter, part = self._book.pop()
             booked.setdefault(parameter, []).append(part)
         assert self._factors is not None
-        for parameter in reversed(self.model_parameters.values()):
-            total: Tensor | None = None
-            parts = booked.pop(parameter, [])
-            with full_float32():
+        with full_float32():
+            joined = dict(self._joined_sums())
+            for parameter in reversed(self.model_parameters.values()):
+                total = joined.pop(parameter, None)
+                parts = booked.pop(parameter, [])
                 while parts:
                     total = parts.pop().add_clipped(total, self._factors, parameter.shape, self._kept_units)
-            if total is None:  # this rank's units did not use it; others' may have
-                total = torch.zeros(parameter.shape, dtype=self._factors.dtype, device=losses.device)
-            self._deposit(parameter, total)
+                if total is None:  # this rank's units did not use it; others' may have
+                    total = torch.zeros(parameter.shape, dtype=self._factors.dtype, device=losses.device)
+                self._deposit(parameter, total)

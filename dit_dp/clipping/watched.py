@@ -273,12 +273,11 @@ class WatchedEngine(Engine):
         return None if self._all_finite() else self._finite
 
     def _add(self, parameter: nn.Parameter, part: Contribution) -> None:
-        """Add a contribution's clipped sum over units to the gradient."""
+        """Add a contribution's clipped sum over units to the gradient; products of float32 are in float32 here."""
         assert self._factors is not None
         target = self.parameters[self._names[parameter]]
         so_far = None if self.ranks.in_step else target.grad
-        with full_float32():
-            total = part.add_clipped(so_far, self._factors, parameter.shape, self._kept_units)
+        total = part.add_clipped(so_far, self._factors, parameter.shape, self._kept_units)
         if self.ranks.in_step:
             self._deposit(parameter, total)
         else:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dit_dp.clipping import METHODS, attach
+from dit_dp.clipping.bookkeeping import SIDE_BY_SIDE
 from dit_dp.clipping.engine import Engine
 from dit_dp.clipping.opacus import OpacusEngine
 from dit_dp.clipping.reference import clipped_sum
@@ -78,3 +79,20 @@ def test_clipped_sum_equals_the_oracle(method: str, kind: str, dtype: torch.dtyp
     assert relative_error(got, wanted) < TOLERANCE[dtype]
     assert norms is not None
     torch.testing.assert_close(norms.double(), wanted_norms, rtol=TOLERANCE[dtype], atol=0)
+
+
+@pytest.mark.parametrize("limit", [1, 24, 60])
+@pytest.mark.parametrize("kind", ["tokens", "scales", "blocks"])
+@pytest.mark.parametrize("method", ["bookkeeping", "auto", "lean", "flash_clip_bk", "ghost_fsdp_bk"])
+def test_vectors_side_by_side_are_exact_however_many_there_are(
+    monkeypatch: pytest.MonkeyPatch, method: str, kind: str, limit: int
+) -> None:
+    monkeypatch.setitem(SIDE_BY_SIDE, False, limit)
+    case = make_case(kind)
+    threshold = median_norm(case)
+    wanted, _ = clipped_sum(case.model, case.loss_fn, case.batch, threshold)
+    engine = attach_for_test(case, method, threshold)
+    for _ in range(2):  # added to what is there
+        engine.accumulate(case.loss_fn, case.batch)
+    engine.privatize(noise_multiplier=0.0, expected_batch_size=2)
+    assert relative_error({name: p.grad for name, p in engine.parameters.items()}, wanted) < TOLERANCE[torch.float32]
