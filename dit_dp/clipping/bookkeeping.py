@@ -103,8 +103,7 @@ class BookkeepingEngine(WatchedEngine):
         assert self._factors is not None
         while self._joined:
             parameters, side_by_side = self._joined.pop()
-            size = torch.Size(side_by_side.value.shape[1:])
-            total = side_by_side.add_clipped(None, self._factors, size, self._kept_units)
+            total = side_by_side.add_clipped(None, self._factors, side_by_side.value.shape[1:], self._kept_units)
             sizes = [parameter.numel() for parameter in parameters]
             parts: Sequence[Tensor] = torch.split_with_sizes_copy(total, sizes)  # type: ignore[func-returns-value,assignment]
             for parameter, part in zip(parameters, parts, strict=True):

@@ -273,7 +273,7 @@ class WatchedEngine(Engine):
         return None if self._all_finite() else self._finite
 
     def _add(self, parameter: nn.Parameter, part: Contribution) -> None:
-        """Add a contribution's clipped sum over units to the gradient; products of float32 are in float32 here."""
+        """Add a contribution's clipped sum over units to the gradient; called within `full_float32`."""
         assert self._factors is not None
         target = self.parameters[self._names[parameter]]
         so_far = None if self.ranks.in_step else target.grad
