@@ -48,3 +48,11 @@ def layers_to_watch(model: nn.Module, method: str) -> Iterator[tuple[str, nn.Mod
         rule = rule_for(module)
         if trains and rule is not None:
             yield name, module, rule
+
+
+def read_elsewhere(name: str) -> UnsupportedModelError:
+    """Return the error for a parameter that a rule covers and something else reads too."""
+    return UnsupportedModelError(
+        f"model: parameter {name} is used outside its layer's forward, so its per-example gradient is unknown; "
+        f"call the layer instead of reading its weight, or freeze it"
+    )

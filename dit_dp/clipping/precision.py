@@ -18,8 +18,12 @@ _AS_IT_IS = contextlib.nullcontext()
 
 def full_float32() -> contextlib.AbstractContextManager[None]:
     """Return a scope in which products of float32 tensors are taken in float32; entered at every layer's call."""
-    exact = all(backend.fp32_precision in ("ieee", "none") for backend in _BACKENDS)
-    return _AS_IT_IS if exact else _raised()
+    return _AS_IT_IS if is_full_float32() else _raised()
+
+
+def is_full_float32() -> bool:
+    """Return whether the program allows itself nothing less."""
+    return all(backend.fp32_precision in ("ieee", "none") for backend in _BACKENDS)
 
 
 @contextlib.contextmanager

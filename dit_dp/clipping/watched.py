@@ -9,6 +9,7 @@ and clipped sums from then on.
 import contextlib
 import types
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from dit_dp.clipping.apart import Look, can_walk_again
 from dit_dp.clipping.batch import Batch, LossFn, clip_factors, gradients_aside
 from dit_dp.clipping.compiled import compiling, outside_graphs, uncompiled, walking_twice
 from dit_dp.clipping.contributions import Contribution
-from dit_dp.clipping.coverage import covered, layers_to_watch, refusal
+from dit_dp.clipping.coverage import covered, layers_to_watch, read_elsewhere, refusal
 from dit_dp.clipping.engine import Engine, LayerRule
 from dit_dp.clipping.gathered import reshard
 from dit_dp.clipping.hardware import hardware
@@ -33,11 +34,12 @@ from dit_dp.errors import CoupledExamplesError, EngineStateError, LossShapeError
 
 
 class WatchedLayer:
-    """A covered module, or what stands for one: its name, its rule and the engine that watches it."""
+    """A covered module, or what stands for one: its name, its rule, the engine that watches it, and whether it does."""
 
     def __init__(self, name: str, module: Any, rule: Rule, engine: "WatchedEngine") -> None:
         self.name, self.module, self.rule, self.engine = name, module, rule, engine
         self.weight, self.bias = self.current()
+        self.is_watched = True
 
     def current(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """Return weight and bias as they are in the module now: FSDP2 replaces its shards by them while it runs."""
@@ -249,15 +251,16 @@ class WatchedEngine(Engine):
             with walking_twice(losses, self.method) if self.walks_twice else contextlib.nullcontext():
                 weights = torch.full_like(losses, self._loss_weight)
                 torch.autograd.backward(losses, weights, retain_graph=self.walks_twice)
-            foreign = [name for name, p in parameters.items() if p.grad is not None]
-        if foreign:
-            raise UnsupportedModelError(
-                f"model: parameter {foreign[0]} is used outside its layer's forward, so its per-example gradient "
-                f"is unknown; call the layer instead of reading its weight, or freeze it"
-            )
+            past = [(p, p.grad) for p in parameters.values() if p.grad is not None]
         with torch.no_grad(), full_float32():
+            for parameter, gradient in past:
+                self._take_past(parameter, gradient)
             for parameter in list(self._parts):  # a call whose output the loss does not use
                 self._settle(parameter, self._parts.pop(parameter))
+
+    def _take_past(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Take a gradient that went past the layers; refused, since of several units only the sum is known."""
+        raise read_elsewhere(self._names[parameter])
 
     def _weigh(self) -> Tensor:
         """Turn the squared norms into clip factors; return the norms, (U,)."""
@@ -377,10 +380,7 @@ class WatchedEngine(Engine):
 
     def choices(self) -> dict[str, Any]:
         """Return how many weights used which norm rule in the last step."""
-        counts: dict[str, int] = {}
-        for rule in self._rules_used.values():
-            counts[rule] = counts.get(rule, 0) + 1
-        return {"norm_rules": dict(sorted(counts.items()))}
+        return {"norm_rules": dict(sorted(Counter(self._rules_used.values()).items()))}
 
     @classmethod
     def layer_rule(cls, module: nn.Module) -> tuple[LayerRule, str]:
@@ -409,9 +409,10 @@ def _watched_forward(module: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tens
     """
     layer: WatchedLayer = module.__dict__[_LAYER]
     (x,) = (layer.engine.raw.entering(value) for value in (*args, *kwargs.values()))
-    if torch.is_grad_enabled():
-        return layer.engine.call(layer, x)
-    layer.engine.expect(layer.trainable())  # a block, for all we know, that will be recomputed
+    if layer.is_watched:
+        if torch.is_grad_enabled():
+            return layer.engine.call(layer, x)
+        layer.engine.expect(layer.trainable())  # a block, for all we know, that will be recomputed
     result: Tensor = type(module).forward(module, x)
     return result
 
