@@ -124,11 +124,11 @@ def test_a_parameter_with_a_hook_is_watched(monkeypatch: pytest.MonkeyPatch) -> 
     """Nobody else may be handed a gradient that is neither clipped nor noised."""
     case = make_case("tokens")
     assert isinstance(case.model, Tokens)
+    engine = one_at_a_time(case.model, case.loss_fn, case.batch, 1.0)
+    seen = watch(monkeypatch, engine)
     heard: list[Tensor | None] = []
     case.model.narrow.weight.register_post_accumulate_grad_hook(lambda parameter: heard.append(parameter.grad))
     case.model.wide.bias.register_hook(heard.append)
-    engine = one_at_a_time(case.model, case.loss_fn, case.batch, 1.0)
-    seen = watch(monkeypatch, engine)
     engine.accumulate(case.loss_fn, case.batch)
     assert set(seen) == {"wide", "narrow", "head"}
     assert all(gradient is None for gradient in heard)
