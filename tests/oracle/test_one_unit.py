@@ -199,13 +199,25 @@ class _ReadElsewhere(nn.Module):
         return F.linear(torch.tanh(self.layer(x)), self.layer.weight).sum((1, 2))
 
 
-def test_a_weight_that_is_read_elsewhere_is_refused_before_there_is_a_plan_to_leave_it() -> None:
-    batch = (torch.randn(3, 5, 6),)
-    engine = attach(_ReadElsewhere(), "auto")
+def test_a_weight_that_is_read_elsewhere_is_refused_of_several_units_and_exact_of_one() -> None:
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        assert isinstance(batch, tuple)
+        losses: Tensor = model(*batch)
+        return losses
+
+    torch.manual_seed(0)
+    model, batch = _ReadElsewhere(), (torch.randn(3, 5, 6),)
+    wanted, _ = clipped_sum(model, loss_fn, batch, 1.0)
+    engine = attach(model, "auto")
+    assert isinstance(engine, AutoEngine)
     for _ in range(2):
         with pytest.raises(UnsupportedModelError, match=r"layer\.weight is used outside its layer's forward"):
-            engine.accumulate(lambda model, batch: model(*batch), batch)
+            engine.accumulate(loss_fn, batch)
         engine.zero_grad()
+    assert engine.plan is not None
+    engine.follow(replace(engine.plan, physical_batch=1, keep=frozenset(engine.plan.norms)))
+    engine.accumulate(loss_fn, batch)
+    assert error_of(engine, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
